@@ -1,0 +1,158 @@
+"""One run's directory: what lies where, and who may write it. Used by the launcher and inside ranks alike.
+
+    RUN/config.yaml            the frozen config: `harness run RUN` goes on with it
+        status.json            state, step, rate, last checkpoint; written by rank 0
+        metrics.jsonl          one line per log interval, evaluation and event
+        checkpoints/           see `harness.checkpoint`
+        stop                   when this file appears, the run saves its state and stops
+        attempts/0001/         one per start of the run
+            command.json       what was started, where, with what environment
+            logs/rank-0.log    everything each rank printed
+            errors/rank-0.json a rank's exception: type, message, traceback, host, step, section
+"""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from harness.errors import InputMissing, StorageError
+
+
+@dataclass(frozen=True)
+class Attempt:
+    """One start of a run."""
+
+    root: Path
+
+    @property
+    def number(self) -> int:
+        return int(self.root.name)
+
+    @property
+    def command(self) -> Path:
+        return self.root / "command.json"
+
+    def log(self, rank: int) -> Path:
+        return self.root / "logs" / f"rank-{rank}.log"
+
+    def error(self, rank: int) -> Path:
+        return self.root / "errors" / f"rank-{rank}.json"
+
+    def errors(self) -> list[dict[str, Any]]:
+        """All ranks' error files that can be read, by time: the first is the cause."""
+        found = [_read_object(path) for path in sorted((self.root / "errors").glob("rank-*.json"))]
+        return sorted((error for error in found if error), key=lambda error: float(error.get("time", 0)))
+
+
+@dataclass(frozen=True)
+class RunDir:
+    """The paths of one run; creating the object touches nothing."""
+
+    root: Path
+
+    @property
+    def config(self) -> Path:
+        return self.root / "config.yaml"
+
+    @property
+    def status(self) -> Path:
+        return self.root / "status.json"
+
+    @property
+    def metrics(self) -> Path:
+        return self.root / "metrics.jsonl"
+
+    @property
+    def checkpoints(self) -> Path:
+        return self.root / "checkpoints"
+
+    @property
+    def tensorboard(self) -> Path:
+        return self.root / "tensorboard"
+
+    @property
+    def stop(self) -> Path:
+        return self.root / "stop"
+
+    def attempt(self, number: int) -> Attempt:
+        return Attempt(self.root / "attempts" / f"{number:04d}")
+
+    def attempts(self) -> list[Attempt]:
+        """Existing attempts, oldest first."""
+        folder = self.root / "attempts"
+        names = [path.name for path in folder.iterdir() if path.name.isdecimal()] if folder.is_dir() else []
+        return [Attempt(folder / name) for name in sorted(names, key=int)]
+
+    def new_attempt(self) -> Attempt:
+        """Create the next attempt's folders. Raises StorageError where the directory cannot be written."""
+        number = max((attempt.number for attempt in self.attempts()), default=0) + 1
+        with storage_errors(self.root):
+            while True:
+                attempt = self.attempt(number)
+                try:
+                    attempt.root.mkdir(parents=True)
+                    break
+                except FileExistsError:  # another start took the number
+                    number += 1
+            (attempt.root / "logs").mkdir()
+            (attempt.root / "errors").mkdir()
+        return attempt
+
+    def read_status(self) -> dict[str, Any]:
+        """The last status, {} before the first."""
+        return _read_object(self.status)
+
+
+@contextmanager
+def storage_errors(where: Path) -> Iterator[None]:
+    """Turn the operating system's errors about a path into sentences."""
+    try:
+        yield
+    except FileNotFoundError as error:
+        raise InputMissing(f"{error.filename or where} is not there") from error
+    except OSError as error:
+        place = error.filename or where
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            raise StorageError(f"no space left for {place}", hint="free some, or choose another run_dir") from error
+        if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
+            raise StorageError(
+                f"{place} cannot be written ({os.strerror(error.errno)})", hint="choose another run_dir"
+            ) from error
+        raise StorageError(f"{place}: {error.strerror or error}") from error
+
+
+def write_atomic(path: Path, text: str) -> None:
+    """Replace a small file as a whole: a reader sees the old or the new one. Raises StorageError."""
+    with storage_errors(path):
+        handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+        try:
+            with os.fdopen(handle, "w", encoding="utf-8") as file:
+                file.write(text)
+                file.flush()
+                os.fsync(file.fileno())
+            os.chmod(name, 0o644)
+            os.replace(name, path)
+        except BaseException:
+            os.unlink(name)
+            raise
+
+
+def write_json(path: Path, value: object) -> None:
+    """`write_atomic` for a JSON value."""
+    write_atomic(path, json.dumps(value, indent=1, sort_keys=True) + "\n")
+
+
+def _read_object(path: Path) -> dict[str, Any]:
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return value if isinstance(value, dict) else {}

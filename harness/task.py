@@ -1,0 +1,120 @@
+"""What a user writes: a `Task` with three methods. Everything else has a default.
+
+    class Line:
+        def model(self):              return torch.nn.Linear(8, 1)
+        def data(self, split):        return TensorDataset(x, y)          # split is "train" or "eval"
+        def loss(self, model, batch): return ((model(batch[0]) - batch[1]) ** 2).mean()
+
+A task is any class with these methods; deriving from `Task` brings the defaults of the optional ones. `task.args` of
+the config are its constructor's keyword arguments.
+"""
+
+from __future__ import annotations
+
+import importlib
+import inspect
+import sys
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+from harness.errors import ConfigError
+
+if TYPE_CHECKING:
+    import torch
+
+Split = Literal["train", "eval"]
+
+BUILT_IN = {
+    "linear": "harness.tasks.linear:Linear",
+    "digits": "harness.tasks.digits:Digits",
+    "charlm": "harness.tasks.charlm:CharLM",
+    "rnn": "harness.tasks.charlm:CharRNN",
+    "word2vec": "harness.tasks.word2vec:Word2Vec",
+    "resnet": "harness.tasks.resnet:ResNet",
+}
+
+
+class Task:
+    """Base with the optional methods; `model`, `data` and `loss` must be given."""
+
+    def model(self) -> torch.nn.Module:
+        """A fresh model on the CPU. Called once per rank with the same seed, so all ranks begin equal."""
+        raise NotImplementedError
+
+    def data(self, split: Split) -> Any:
+        """A map-style data set, or None where there is nothing to evaluate on. See `harness.data` for what it may offer."""
+        raise NotImplementedError
+
+    def loss(self, model: torch.nn.Module, batch: Any) -> torch.Tensor:
+        """The mean loss over the batch's samples, a scalar. `batch` is on the model's device."""
+        raise NotImplementedError
+
+    def evaluate(self, model: torch.nn.Module, batch: Any) -> Mapping[str, torch.Tensor]:
+        """Means over the batch's samples, by name. The harness weighs them by samples and sums over ranks exactly."""
+        return {"loss": self.loss(model, batch)}
+
+    def summarize(self, model: torch.nn.Module, metrics: Mapping[str, float]) -> Mapping[str, float]:
+        """After an evaluation, on rank 0 only: metrics that follow from the exact means (bits from nats, ...)."""
+        return {}
+
+    def parameters(self, model: torch.nn.Module) -> Iterable[Any]:
+        """What the optimizer gets: parameters, or dicts of parameter groups, as for torch optimizers."""
+        return model.parameters()
+
+    def report(self, model: torch.nn.Module) -> str | None:
+        """A few lines to print after an evaluation, on rank 0 only; None prints nothing."""
+        return None
+
+    def export(self, model: torch.nn.Module, directory: Path) -> str | None:
+        """Write results into the run directory once training has finished, on rank 0 only; returns a line to print."""
+        return None
+
+
+def find_task(name: str) -> type[Any]:
+    """The class behind `task.name`. The working directory is on the import path, as with `python -m`.
+
+    Raises ConfigError when it cannot be imported or lacks a method.
+    """
+    target = BUILT_IN.get(name, name)
+    module_name, _, attribute = target.partition(":")
+    if not attribute:
+        raise ConfigError(
+            f"task.name {name!r} is no built-in task",
+            hint=f"built in are {', '.join(BUILT_IN)}; write your own as package.module:Class",
+        )
+    if (here := str(Path.cwd())) not in sys.path:
+        sys.path.insert(0, here)
+    try:
+        task = getattr(importlib.import_module(module_name), attribute)
+    except ModuleNotFoundError as error:
+        if name in BUILT_IN:
+            raise ConfigError(
+                f"task {name} needs the Python module {error.name}", hint="pip install 'harness[tasks]'"
+            ) from error
+        raise ConfigError(
+            f"task.name {name!r}: there is no module {error.name!r}",
+            hint=f"it was looked for on sys.path, with {Path.cwd()} first",
+        ) from error
+    except AttributeError as error:
+        raise ConfigError(f"task.name {name!r}: the module {module_name} has no {attribute}") from error
+    except Exception as error:
+        raise ConfigError(f"task.name {name!r}: importing {module_name} raised {type(error).__name__}: {error}") from error
+    missing = [method for method in ("model", "data", "loss") if not callable(getattr(task, method, None))]
+    if not inspect.isclass(task) or missing:
+        raise ConfigError(
+            f"task.name {name!r} is not a task: it has no {' and no '.join(missing) or 'constructor'}",
+            hint="a task is a class with model(), data(split) and loss(model, batch)",
+        )
+    return task if issubclass(task, Task) else type(task.__name__, (task, Task), {})
+
+
+def make_task(name: str, args: Mapping[str, Any]) -> Task:
+    """The task object. Raises ConfigError when the constructor does not take these arguments."""
+    task = find_task(name)
+    try:
+        inspect.signature(task).bind(**args)
+    except TypeError as error:
+        raise ConfigError(f"task.args do not fit {name}: {error}", hint=f"it takes {inspect.signature(task)}") from error
+    made: Task = task(**args)
+    return made
