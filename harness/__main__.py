@@ -1,0 +1,149 @@
+"""One rank of a run: `python -m harness RUN_DIR`, or `python -m harness CONFIG [key=value ...]` under any MPI launcher.
+
+The order matters: environment, config, forkserver, threads, then MPI, GPU and Horovod (see `harness.world`). Imports
+of torch, MPI and HDF5 are inside functions, because loader processes import this module too and must stay free of MPI.
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import os
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from harness.clock import Clock
+from harness.env import Environment, identify
+from harness.errors import Exit, HarnessError, InternalError, Stopped
+from harness.failure import code_of, leave, record
+from harness.log import redirect
+from harness.rundir import Attempt, RunDir, open_run
+
+if TYPE_CHECKING:
+    from harness.config import Config
+    from harness.world import World
+
+
+def main() -> None:
+    """Ends the process with one of the codes of `harness.errors.Exit`."""
+    parser = argparse.ArgumentParser(prog="python -m harness", description="One rank of a run; start it with an MPI launcher.")
+    parser.add_argument("config", type=Path, help="a config file, or a run directory to go on with")
+    parser.add_argument("overrides", nargs="*", metavar="key=value", help="dotted overrides, as optim.lr=3e-4")
+    parser.add_argument("--site", action="append", default=[], help="a site file from configs/sites/")
+    arguments = parser.parse_args()
+    try:
+        environment = identify()
+        config = _read(arguments, environment)
+    except HarnessError as error:  # every rank reads the same file and finds the same mistakes: rank 0 tells them
+        if os.environ.get("OMPI_COMM_WORLD_RANK", os.environ.get("HOROVOD_RANK", "0")) in ("0", ""):
+            print(f"error: {error}", file=sys.stderr, flush=True)
+        sys.exit(error.code)
+    rank = Rank(config, environment)
+    try:
+        rank.run()
+    except Stopped:
+        rank.finish(Exit.STOPPED)
+    except BaseException as error:
+        record(error, environment, rank.clock, rank.attempt)
+        leave(code_of(error))
+    rank.finish(Exit.FINISHED)
+
+
+class Rank:
+    """One process from start to end; holds what a failure report needs at any moment."""
+
+    def __init__(self, config: Config, environment: Environment) -> None:
+        self.config = config
+        self.environment = environment
+        self.run_dir = RunDir(Path(config.directory))
+        self.clock = Clock()
+        self.attempt: Attempt | None = None
+        self.world: World | None = None
+
+    def run(self) -> None:
+        """Train. Raises what goes wrong, on this rank."""
+        from harness.device import set_threads
+
+        if self.environment.attempt is not None:  # started by `harness run`, which made the run directory
+            self._use(self.run_dir.attempt(self.environment.attempt))
+        set_threads(self.config.launch.threads, self.environment.local_size)
+        if self.config.data.workers:
+            from harness.data import start_forkserver
+
+            start_forkserver()
+        from harness.world import bring_up
+
+        self.world = world = bring_up(self.environment, self.config.horovod, self.run_dir.root)
+        self._check_same_config()
+        if self.attempt is None:
+            # a failure on rank 0 ends the job, and with it those who wait here
+            number = open_run(self.config).new_attempt().number if world.is_root else None
+            self._use(self.run_dir.attempt(int(str(world.comm.broadcast(number)))))
+        assert self.attempt is not None
+
+        from harness.job import build
+        from harness.loop import train
+
+        job = build(self.config, self.run_dir, self.attempt.number, world, self.clock)
+        job.stop.install()
+        try:
+            train(job)
+        except Stopped as stopped:
+            job.sinks.record("state", job.progress.step, state="stopped", summary=stopped.message)
+            job.sinks.say(str(stopped))
+            raise
+        except BaseException as error:
+            job.sinks.record("state", job.progress.step, state="failed", summary=f"{type(error).__name__}: {error}")
+            raise
+        finally:
+            job.sinks.close()
+        job.manager.close()
+
+    def finish(self, code: Exit) -> None:
+        """Leave together: a rank that exits early with a code other than 0 makes mpirun kill the others."""
+        self.clock.section = "exit"
+        sys.stdout.flush()
+        sys.stderr.flush()
+        if self.world is not None and self.world.size > 1:
+            self.world.comm.barrier()
+            import horovod.torch as hvd
+
+            hvd.shutdown()
+        if "mpi4py.MPI" in sys.modules:
+            from mpi4py import MPI
+
+            if MPI.Is_initialized() and not MPI.Is_finalized():
+                MPI.Finalize()
+        os._exit(code)  # nothing is left to do, and atexit hooks of torch or MPI can only hang
+
+    def _use(self, attempt: Attempt) -> None:
+        self.attempt = attempt
+        redirect(attempt.log(self.environment.rank), console=self.environment.rank == 0)
+
+    def _check_same_config(self) -> None:
+        """Ranks that train different configs would hang or mix their gradients. Collective."""
+        assert self.world is not None
+        digest = hashlib.sha256(self.config.model_dump_json().encode()).hexdigest()
+        digests = self.world.comm.all_gather(digest)
+        if len(set(map(str, digests))) > 1:
+            other = next(rank for rank, told in enumerate(digests) if told != digests[0])
+            raise InternalError(
+                f"rank {other} ({self.world.hosts[other]}) read another config than rank 0",
+                hint="is the file the same on all hosts, and every ${env:...} variable exported to them?",
+            )
+
+
+def _read(arguments: argparse.Namespace, environment: Environment) -> Config:
+    from harness.batch import plan_batch
+    from harness.resolve import resolve
+
+    config = resolve(arguments.config, arguments.overrides, sites=arguments.site).config
+    plan_batch(
+        global_batch=config.train.global_batch, ranks=environment.size, micro_batch=config.train.micro_batch
+    )
+    return config
+
+
+if __name__ == "__main__":
+    main()

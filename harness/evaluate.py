@@ -1,0 +1,68 @@
+"""Evaluation on all ranks: each sample once, exact sums and counts, one collective at the end."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from contextlib import nullcontext
+from typing import TYPE_CHECKING
+
+import torch
+
+from harness.data import eval_batches, to_device
+from harness.errors import HarnessError
+
+if TYPE_CHECKING:
+    from harness.job import Job
+
+
+@torch.no_grad()
+def evaluate(job: Job) -> dict[str, float]:
+    """Means over the whole evaluation set, by name; the averaged parameters are used where there are any.
+
+    Collective: rank 0's buffers go to all ranks first (running statistics differ between ranks, and rank 0's are the
+    ones a checkpoint holds), sums and counts are added at the end.
+    """
+    if job.eval_data is None:
+        return {}
+    job.world.broadcast_tensors(job.model.named_buffers(), "eval/buffers")
+    job.model.eval()
+    sums: dict[str, torch.Tensor] = {}
+    count = 0
+    with job.ema.applied() if job.ema is not None else nullcontext():
+        for batch in eval_batches(
+            job.eval_data,
+            rank=job.world.rank,
+            size=job.world.size,
+            batch=job.config.eval.batch or job.plan.micro_batch,
+            workers=job.config.data.workers,
+            prefetch=job.config.data.prefetch,
+            pin=job.world.device.type == "cuda",
+        ):
+            with job.update.autocast():
+                means = job.task.evaluate(job.model, to_device(batch.data, job.world.device))
+            for name, mean in means.items():
+                sums[name] = sums.get(name, 0.0) + mean.detach().double() * batch.samples
+            count += batch.samples
+        job.model.train()
+        mine = {name: float(value) for name, value in sums.items()}
+        means_of_all = combine(job.world.comm.all_gather({"count": count, "sums": mine}))
+        if job.world.is_root:
+            means_of_all |= job.task.summarize(job.model, means_of_all)
+            if (text := job.task.report(job.model)) is not None:
+                job.sinks.say(text)
+    return means_of_all
+
+
+def combine(parts: list[dict[str, object]]) -> dict[str, float]:
+    """Means from every rank's `{"count": samples, "sums": {name: sum}}`. Pure. Raises HarnessError when there is none."""
+    total = sum(int(part["count"]) for part in parts)  # type: ignore[call-overload]
+    if total == 0:
+        raise HarnessError("the evaluation set gave no samples")
+    every: list[Mapping[str, float]] = [part["sums"] for part in parts]  # type: ignore[misc]
+    names = sorted({name for sums in every for name in sums})
+    # JSON has no nan: a rank's sum that is not finite arrives as null
+    return {
+        name: math.fsum(math.nan if sums.get(name, 0.0) is None else sums.get(name, 0.0) for sums in every) / total
+        for name in names
+    }

@@ -1,0 +1,148 @@
+"""Everything one rank needs to train, built from the config in the order that Horovod and restoring need.
+
+What is not here: what happens with it (`loop.py`).
+"""
+
+from __future__ import annotations
+
+import math
+import random
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import torch
+
+from harness.batch import BatchPlan, plan_batch
+from harness.checkpoint import Manager, State, keep_last
+from harness.clock import Clock
+from harness.config import Config
+from harness.data import check_dataset
+from harness.ema import Ema
+from harness.errors import ConfigError
+from harness.optim import make_optimizer, peak_lr
+from harness.order import Order
+from harness.rundir import RunDir
+from harness.sinks import Sinks, open_sinks
+from harness.stop import StopRequest
+from harness.task import Task, make_task
+from harness.update import Update
+from harness.world import World
+
+
+@dataclass
+class Progress:
+    """What a checkpoint remembers of the loop besides tensors; plain JSON values."""
+
+    step: int = 0
+    best: float | None = None
+    """The best value so far of the metric that early stopping watches."""
+    waited: int = 0
+    """Evaluations since then."""
+
+
+@dataclass(frozen=True)
+class Job:
+    """One rank's share of a run."""
+
+    config: Config
+    run: RunDir
+    world: World
+    clock: Clock
+    stop: StopRequest
+    sinks: Sinks
+    task: Task
+    model: torch.nn.Module
+    train_data: Any
+    eval_data: Any
+    order: Order
+    plan: BatchPlan
+    steps: int
+    update: Update
+    ema: Ema | None
+    manager: Manager
+    progress: Progress = field(default_factory=Progress)
+
+    def state(self) -> State:
+        """What a checkpoint holds."""
+        return State(
+            model=self.model,
+            optimizer=self.update.optimizer,
+            ema=None if self.ema is None else self.ema.shadow,
+            extra=vars(self.progress) | {"scaler": self.update.scaler.state_dict() if self.update.scaler else None},
+        )
+
+
+def total_steps(config: Config, samples: int) -> int:
+    """Optimizer steps of the whole run; epochs are rounded up to whole steps."""
+    if config.train.steps is not None:
+        return config.train.steps
+    assert config.train.epochs is not None
+    return max(1, math.ceil(config.train.epochs * samples / config.train.global_batch))
+
+
+def build(config: Config, run: RunDir, attempt: int, world: World, clock: Clock) -> Job:
+    """Collective (initial parameters and buffers come from rank 0). Raises ConfigError and what the task raises."""
+    torch.use_deterministic_algorithms(config.train.deterministic)
+    torch.utils.deterministic.fill_uninitialized_memory = False  # costs time and only hides reads of unset memory
+    torch.backends.cudnn.benchmark = not config.train.deterministic
+    plan = plan_batch(
+        global_batch=config.train.global_batch, ranks=world.size, micro_batch=config.train.micro_batch
+    )
+    task = make_task(config.task.name, config.task.args)
+    train_data, eval_data = task.data("train"), task.data("eval")
+    samples = check_dataset(train_data, "train", config.train.global_batch)
+    if eval_data is not None:
+        check_dataset(eval_data, "eval", 1)
+
+    seed_generators(config.seed)
+    model = task.model().to(world.device)
+    if not any(parameter.requires_grad for parameter in model.parameters()):
+        raise ConfigError(f"the model of task {config.task.name} has no parameters to train")
+    world.broadcast_tensors(model.state_dict(keep_vars=True).items(), "init")
+    model.train()
+    optimizer = make_optimizer(
+        task.parameters(model), config.optim, lr=peak_lr(config.optim, config.train.global_batch)
+    )
+    steps = total_steps(config, samples)
+    sinks = open_sinks(config, run, attempt=attempt, world_size=world.size, steps=steps) if world.is_root else Sinks([])
+    return Job(
+        config=config,
+        run=run,
+        world=world,
+        clock=clock,
+        stop=StopRequest(run.stop if world.is_root else None),
+        sinks=sinks,
+        task=task,
+        model=model,
+        train_data=train_data,
+        eval_data=eval_data,
+        order=Order(samples, config.seed, shuffle=config.data.shuffle, block=config.data.block),
+        plan=plan,
+        steps=steps,
+        update=Update(
+            model,
+            optimizer,
+            train=config.train,
+            horovod=config.horovod,
+            passes=plan.passes,
+            ranks=world.size,
+            device=world.device,
+        ),
+        ema=Ema(model, config.train.ema) if config.train.ema is not None else None,
+        manager=Manager(
+            run.checkpoints, comm=world.comm, keep=keep_last(config.checkpoint.keep), engine=config.checkpoint.engine,
+            log=sinks.say,
+        ),
+    )
+
+
+def seed_generators(*key: int) -> None:
+    """Derive Python's, numpy's and torch's generators from (seed, step, rank): nothing of them needs to be saved.
+
+    Cheap enough for every step: about 20 microseconds.
+    """
+    words = np.random.SeedSequence(key).generate_state(3, np.uint32)
+    random.seed(int(words[0]))
+    np.random.seed(int(words[1]))
+    torch.manual_seed(int(words[2]))

@@ -1,0 +1,57 @@
+"""One log file per rank; rank 0's output is also on the console.
+
+Ranks other than 0 write only to their file, whatever prints: Python, C libraries or an interpreter that crashes. Rank
+0 keeps its console, and what Python prints there is copied to its file.
+"""
+
+from __future__ import annotations
+
+import faulthandler
+import os
+import sys
+from pathlib import Path
+from typing import TextIO
+
+from harness.rundir import storage_errors
+
+
+class Tee:
+    """A text stream that writes to the console and to a file. Only what print() and rich need."""
+
+    def __init__(self, console: TextIO, file: TextIO) -> None:
+        self.console = console
+        self.file = file
+        self.encoding = console.encoding
+
+    def write(self, text: str) -> int:
+        self.file.write(text)
+        return self.console.write(text)
+
+    def flush(self) -> None:
+        self.file.flush()
+        self.console.flush()
+
+    def isatty(self) -> bool:
+        return self.console.isatty()
+
+    def fileno(self) -> int:
+        return self.console.fileno()
+
+
+def redirect(path: Path, *, console: bool) -> None:
+    """Send this process's output to `path` (appended), and with `console` also to where it went before.
+
+    Fatal signals write their stacks to the file.
+    """
+    with storage_errors(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        file = open(path, "a", encoding="utf-8", buffering=1, errors="backslashreplace")  # noqa: SIM115 - lives on
+    faulthandler.enable(file)
+    if console:
+        sys.stdout = Tee(sys.stdout, file)  # type: ignore[assignment]
+        sys.stderr = Tee(sys.stderr, file)  # type: ignore[assignment]
+        return
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os.dup2(file.fileno(), 1)
+    os.dup2(file.fileno(), 2)

@@ -1,0 +1,249 @@
+"""The training loop, top to bottom.
+
+    restore the newest checkpoint
+    for each step:
+        for each micro batch:  data -> forward/backward
+        communication -> update
+        every log.every steps:        one small collective: loss, times, "was anyone asked to stop?"
+        every eval.every steps:       evaluate on all ranks; stop early?
+        every checkpoint.every steps: save
+        asked to stop:                save, leave with exit code 75
+    evaluate, save, export
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from contextlib import contextmanager
+from collections.abc import Iterator
+from typing import TYPE_CHECKING
+
+from harness.data import Batch, to_device, train_batches
+from harness.errors import ConfigError, InternalError, Stopped
+from harness.evaluate import evaluate
+from harness.job import Job, seed_generators
+from harness.metrics import Interval, Meter
+from harness.rundir import write_json
+from harness.schedule import factor
+from harness.units import show_duration
+from harness.update import Step
+
+if TYPE_CHECKING:
+    import torch
+
+SKIPS_IN_A_ROW = 100
+
+
+def train(job: Job) -> None:
+    """Train to the last step. Collective. Raises Stopped after a stop whose state is saved."""
+    started = time.perf_counter()
+    first = restore(job)
+    meter, skipped = Meter(), 0
+    evaluated, saved = None, first
+    with batches_of(job, first) as batches:
+        for step in range(first, job.steps):
+            job.clock.step = step
+            seed_generators(job.config.seed, step, job.world.rank)
+            losses: list[torch.Tensor] = []
+            for _ in range(job.plan.passes):
+                with job.clock("data"):
+                    batch = next(batches)
+                    data = to_device(batch.data, job.world.device)
+                with job.clock("forward/backward"):
+                    with job.update.autocast():
+                        loss = job.task.loss(job.model, data)
+                    job.update.backward(loss)
+                losses.append(loss.detach())
+            with job.clock("communication"):
+                job.update.synchronize()
+            with job.clock("update"):
+                lr_factor = factor(job.config.schedule, step, job.steps)
+                result = job.update.step(lr_factor)
+                if job.ema is not None and result.taken:
+                    job.ema.update()
+            meter.add(sum(losses[1:], losses[0]) / len(losses))
+            job.progress.step = done = step + 1
+
+            if not result.finite:
+                skipped += 1
+                handle_nonfinite(job, step, losses, result, skipped)
+            else:
+                skipped = 0
+            last = done == job.steps
+            stop = False
+            if due(done, job.config.log.every) or last:
+                interval = meter.exchange(job.world, job.clock, stop=job.stop.wanted())
+                stop = interval.stop and not last
+                tell(job, interval, done, result, lr_factor, first, started)
+            if due(done, job.config.eval.every) and not stop:
+                evaluated = done
+                if run_evaluation(job, done):
+                    break
+            if due(done, job.config.checkpoint.every) and not stop:
+                saved = save(job, done)
+            if stop:
+                save(job, done)
+                raise Stopped(f"stopped at step {done} of {job.steps}, state saved", hint="run it again to go on")
+    done = job.progress.step
+    if done > first and evaluated != done:
+        run_evaluation(job, done)
+    if saved != done:
+        save(job, done)
+    if job.world.is_root and (line := export(job)) is not None:
+        job.sinks.say(line)
+    job.sinks.record("state", done, state="finished", summary=f"{done} steps")
+    job.sinks.say(f"finished at step {done} after {show_duration(time.perf_counter() - started)}")
+
+
+def due(done: int, every: int | None) -> bool:
+    """Whether something that happens every so many steps happens after `done` steps."""
+    return every is not None and done % every == 0
+
+
+@contextmanager
+def batches_of(job: Job, first: int) -> Iterator[Iterator[Batch]]:
+    """This rank's micro batches from step `first` on; loader workers end with the block."""
+    batches = train_batches(
+        job.train_data,
+        job.order,
+        job.plan,
+        rank=job.world.rank,
+        start_step=first,
+        stop_step=job.steps,
+        seed=job.config.seed,
+        workers=job.config.data.workers,
+        prefetch=job.config.data.prefetch,
+        pin=job.world.device.type == "cuda",
+    )
+    try:
+        yield batches
+    finally:
+        if hasattr(batches, "close"):
+            batches.close()
+
+
+def restore(job: Job) -> int:
+    """The step to go on from: 0 on a fresh start. Collective."""
+    job.clock.section = "restore"
+    found = job.manager.latest()
+    if found is not None and not job.config.checkpoint.resume:
+        raise ConfigError(
+            f"{job.run.root} already holds checkpoints, and checkpoint.resume is false",
+            hint="choose another run_dir, or let it resume",
+        )
+    state = job.state()
+    step = job.manager.restore(state)
+    if step is not None:
+        for name in vars(job.progress):
+            setattr(job.progress, name, state.extra[name])
+        if job.update.scaler is not None and state.extra["scaler"] is not None:
+            job.update.scaler.load_state_dict(state.extra["scaler"])
+        job.sinks.say(f"resumed from the checkpoint at step {step}")
+    job.clock.section = "start"
+    job.sinks.record("state", step or 0, state="running")
+    return step or 0
+
+
+def save(job: Job, done: int) -> int:
+    """Write a checkpoint. Collective; raises StorageError on all ranks alike."""
+    with job.clock("checkpoint"):
+        began = time.perf_counter()
+        job.world.broadcast_tensors(job.model.named_buffers(), "save/buffers")
+        path = job.manager.save(done, job.state())
+        job.sinks.record("checkpoint", done, path=str(path), seconds=time.perf_counter() - began)
+    return done
+
+
+def run_evaluation(job: Job, done: int) -> bool:
+    """Evaluate and tell; True when early stopping ends the run. Collective, and the same on all ranks."""
+    with job.clock("evaluation"):
+        metrics = evaluate(job)
+    if metrics:
+        job.sinks.record("eval", done, **metrics)
+    rule = job.config.eval.stop
+    if rule is None:
+        return False
+    # rank 0 has the metrics that `summarize` adds
+    value = job.world.comm.broadcast(metrics.get(rule.metric) if job.world.is_root else None)
+    if not isinstance(value, (int, float)):
+        raise ConfigError(
+            f"eval.stop.metric {rule.metric!r} is no finite metric of this task",
+            hint=f"it has {', '.join(metrics) or 'none'}" if job.world.is_root else None,
+        )
+    progress, sign = job.progress, 1.0 if rule.mode == "min" else -1.0
+    if progress.best is None or sign * (progress.best - value) > rule.min_delta:
+        progress.best, progress.waited = value, 0
+        return False
+    progress.waited += 1
+    if progress.waited < rule.patience:
+        return False
+    job.sinks.say(f"{rule.metric} has not improved on {progress.best:.4g} for {progress.waited} evaluations: stopping")
+    return True
+
+
+def tell(
+    job: Job, interval: Interval, done: int, result: Step, lr_factor: float, first: int, started: float
+) -> None:
+    """Hand an interval's numbers to the sinks."""
+    steps = done - first
+    elapsed = time.perf_counter() - started
+    spent = sum(interval.sections.values()) or 1.0
+    job.sinks.record(
+        "train",
+        done,
+        loss=interval.loss,
+        lr=job.update.base_lrs[0] * lr_factor,
+        grad_norm=result.grad_norm,
+        samples=done * job.plan.global_batch,
+        samples_per_s=steps_in(done, job, first) * job.plan.global_batch / interval.seconds,
+        rate=steps / elapsed,
+        eta_s=(job.steps - done) * elapsed / steps,
+        slowest_rank=interval.slowest,
+        slowest_host=job.world.hosts[interval.slowest],
+        slowdown=interval.slowdown,
+        **{f"seconds/{name}": value for name, value in interval.sections.items()},
+        **{f"share/{name}": value / spent for name, value in interval.sections.items()},
+    )
+
+
+def steps_in(done: int, job: Job, first: int) -> int:
+    """Steps since the log line before the one at `done`."""
+    return min((done - 1) % job.config.log.every + 1, done - first)
+
+
+def handle_nonfinite(job: Job, step: int, losses: list[torch.Tensor], result: Step, skipped: int) -> None:
+    """Every rank is here for the same step, since all have the same reduced gradient. Collective where it stops."""
+    policy = job.config.train.nonfinite
+    if policy == "ignore":
+        return
+    overflow = job.update.scaler is not None  # fp16: the scaler looks for its scale, and has skipped the step itself
+    if (policy == "skip" or overflow) and skipped < SKIPS_IN_A_ROW:
+        job.sinks.say(f"step {step}: the gradient is not finite, skipped on all ranks")
+        return
+    values = job.world.comm.all_gather([str(float(loss)) for loss in losses])
+    begin = step * job.plan.global_batch
+    ids = job.order.ids(begin, begin + job.plan.global_batch)
+    culprits = {
+        rank: ids[rank * job.plan.per_rank : (rank + 1) * job.plan.per_rank].tolist()
+        for rank, told in enumerate(values)
+        if any(loss in ("nan", "inf", "-inf") for loss in told)
+    }
+    report = job.run.root / f"nonfinite-step-{step}.json"
+    if job.world.is_root:
+        write_json(report, {"step": step, "losses": values, "ids": ids.tolist(), "ids_by_rank": culprits})
+    where = (
+        f"the loss of rank {', '.join(map(str, culprits))}" if culprits else "the gradient, though every loss is finite,"
+    )
+    shown = next(iter(culprits.values()), ids.tolist())[:10]
+    raise InternalError(
+        f"step {step}: {where} is not finite ({json.dumps(values[next(iter(culprits), 0)])}); sample ids"
+        f" {', '.join(map(str, shown))}, ... are in {report}" + (f"; {skipped} steps in a row" if skipped > 1 else ""),
+        hint="a lower optim.lr or train.clip_norm may help; train.nonfinite=skip goes on without such steps",
+    )
+
+
+def export(job: Job) -> str | None:
+    """The task's results, written by rank 0 while the others wait at the end of the run."""
+    job.clock.section = "export"
+    return job.task.export(job.model, job.run.root)

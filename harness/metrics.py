@@ -1,0 +1,75 @@
+"""What is measured between two log lines, and the one small collective that makes it a view of all ranks.
+
+What is not here: where the numbers go (`sinks/`).
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+from harness.clock import SECTIONS, Clock
+from harness.world import World
+
+OWN_WORK = ("data", "forward/backward", "update")  # what a rank does without waiting for others
+
+
+@dataclass(frozen=True)
+class Interval:
+    """All ranks' steps since the last log line."""
+
+    loss: float
+    """Mean over the steps and all ranks' samples."""
+    seconds: float
+    """Wall time on rank 0."""
+    sections: Mapping[str, float]
+    """Seconds per step in each section, mean over ranks."""
+    slowest: int
+    """The rank whose own work (data, forward/backward, update) took longest."""
+    slowdown: float
+    """That rank's own work divided by the mean of all ranks."""
+    stop: bool
+    """Some rank was asked to stop."""
+
+
+class Meter:
+    """One rank's sums since the last log line. `add` waits for no device."""
+
+    def __init__(self) -> None:
+        self.loss: torch.Tensor | None = None
+        self.steps = 0
+        self.begin = time.perf_counter()
+
+    def add(self, loss: torch.Tensor) -> None:
+        """The mean loss of one step's samples on this rank, a scalar."""
+        self.loss = loss.double() if self.loss is None else self.loss + loss
+        self.steps += 1
+
+    def exchange(self, world: World, clock: Clock, *, stop: bool) -> Interval:
+        """Combine all ranks' sums and begin anew. Collective: one allgather of 9 numbers per rank."""
+        loss = float("nan") if self.loss is None else float(self.loss)
+        taken = clock.take()
+        steps = max(self.steps, 1)
+        table = world.exchange([stop, loss, self.steps, *(taken.get(name, 0.0) for name in SECTIONS)], "log/interval")
+        seconds = time.perf_counter() - self.begin
+        self.loss, self.steps, self.begin = None, 0, time.perf_counter()
+        return summarize(table, seconds, steps)
+
+
+def summarize(table: np.ndarray, seconds: float, steps: int) -> Interval:
+    """The view of all ranks. `table` is float64 [ranks, 3 + sections]: stop, sum of losses, steps, section seconds. Pure."""
+    times = table[:, 3:]
+    own = times[:, [SECTIONS.index(name) for name in OWN_WORK]].sum(axis=1)
+    mean = float(own.mean())
+    return Interval(
+        loss=float(table[:, 1].mean() / steps),
+        seconds=seconds,
+        sections={name: float(column.mean()) / steps for name, column in zip(SECTIONS, times.T, strict=True)},
+        slowest=int(own.argmax()),
+        slowdown=float(own.max()) / mean if mean > 0 else 1.0,
+        stop=bool(table[:, 0].any()),
+    )

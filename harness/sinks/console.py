@@ -1,0 +1,100 @@
+"""Metrics for people: a progress bar on a terminal, plain lines elsewhere.
+
+mpirun hands rank 0 a pipe even when the user sits at a terminal; the launcher then says so in HARNESS_TTY, which holds
+the terminal's width in columns.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+
+from rich.console import Console as Terminal
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
+from rich.text import Text
+
+from harness.sinks import Record
+from harness.units import show_duration
+
+HIDDEN = {"kind", "step"}
+
+
+class Console:
+    """Writes to stdout; on a terminal the bar goes there alone, and the log file still gets plain lines."""
+
+    def __init__(self, *, steps: int) -> None:
+        self.steps = steps
+        columns = os.environ.get("HARNESS_TTY", "")
+        self.stream = getattr(sys.stdout, "console", sys.stdout)  # under harness.log.Tee: the console alone
+        self.file = getattr(sys.stdout, "file", None)
+        self.bar: Progress | None = None
+        if columns.isdecimal() or self.stream.isatty():
+            terminal = Terminal(
+                file=self.stream, force_terminal=True, width=min(int(columns), 400) if columns.isdecimal() else None
+            )
+            self.bar = Progress(
+                TextColumn("step"),
+                MofNCompleteColumn(),
+                BarColumn(bar_width=None),
+                TextColumn("{task.fields[told]}"),
+                console=terminal,
+                auto_refresh=False,
+                expand=True,
+            )
+            self.task = self.bar.add_task("", total=steps, told="starting")
+            self.bar.start()
+
+    def record(self, record: Record) -> None:
+        step = record["step"]
+        assert isinstance(step, int)
+        if record["kind"] == "train":
+            told = describe(record)
+            if self.bar is not None:
+                self.bar.update(self.task, completed=step, told=told, refresh=True)
+                self._note(f"step {step}/{self.steps}  {told}")
+            else:
+                print(f"step {step}/{self.steps}  {told}", flush=True)
+        elif record["kind"] == "eval":
+            values = [f"{key} {number(value)}" for key, value in record.items() if key not in HIDDEN]
+            self.say(f"evaluation at step {step}: " + ", ".join(values))
+        elif record["kind"] == "checkpoint":
+            seconds = record.get("seconds")
+            took = f" in {seconds:.2f} s" if isinstance(seconds, float) else ""
+            self.say(f"checkpoint at step {step}: {record.get('path', '')}{took}")
+
+    def say(self, text: str) -> None:
+        if self.bar is not None:
+            self.bar.console.print(Text(text))
+            self._note(text)
+        else:
+            print(text, flush=True)
+
+    def close(self) -> None:
+        if self.bar is not None:
+            self.bar.stop()
+
+    def _note(self, text: str) -> None:
+        if self.file is not None:
+            self.file.write(text + "\n")
+
+
+def describe(record: Record) -> str:
+    """A train record in one line: 'loss 2.3100  lr 0.001  812 samples/s  eta 42 s'."""
+    parts = [f"loss {number(record.get('loss'))}", f"lr {number(record.get('lr'))}"]
+    rate = record.get("samples_per_s")
+    if isinstance(rate, float):
+        parts.append(f"{rate:,.0f} samples/s")
+    waiting = record.get("share/communication")
+    if isinstance(waiting, float) and waiting >= 0.005:
+        parts.append(f"{waiting:.0%} communication")
+    eta = record.get("eta_s")
+    if isinstance(eta, float):
+        parts.append(f"eta {show_duration(eta)}")
+    return "  ".join(parts)
+
+
+def number(value: object) -> str:
+    """Four significant digits; 'nan' stays visible."""
+    if isinstance(value, float):
+        return f"{value:.4g}"
+    return "-" if value is None else str(value)

@@ -1,0 +1,177 @@
+"""The process world: MPI and Horovod brought up in the right order, checked, and the few control collectives.
+
+Order (DESIGN: a wrong order segfaults or hangs with some MPIs): environment, mpi4py with MPI_THREAD_MULTIPLE, GPU,
+`hvd.init`. Under `horovodrun --gloo`, and for a single process without a launcher, MPI is not touched at all.
+
+What is not here: gradients (`update.py`).
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from harness.checkpoint.comm import Comm, Horovod, Mpi, Single
+from harness.config import Horovod as Settings
+from harness.device import choose_device
+from harness.env import Environment
+from harness.errors import Unavailable
+
+if TYPE_CHECKING:
+    import numpy as np
+    import torch
+
+THREAD_MULTIPLE = "MPI_THREAD_MULTIPLE"
+
+
+@dataclass(frozen=True)
+class World:
+    """All ranks of the run, seen from one of them."""
+
+    rank: int
+    size: int
+    local_rank: int
+    local_size: int
+    hosts: tuple[str, ...]
+    """Host name of every rank."""
+    device: torch.device
+    comm: Comm
+    """For control values and checkpoints; its own duplicate of COMM_WORLD, so no message meets Horovod's."""
+    controller: str
+    """What Horovod negotiates over: "mpi", "gloo", or "none" for a single process."""
+
+    @property
+    def is_root(self) -> bool:
+        return self.rank == 0
+
+    def exchange(self, values: Sequence[float], name: str) -> np.ndarray:
+        """Every rank's values as float64 [size, len(values)]. Collective; one Horovod operation."""
+        import horovod.torch as hvd
+        import torch
+
+        mine = torch.tensor([list(values)], dtype=torch.float64)
+        table = mine if self.size == 1 else hvd.allgather(mine, name=name)
+        return table.numpy()
+
+    def broadcast_tensors(self, tensors: Iterable[tuple[str, torch.Tensor]], name: str) -> None:
+        """Rank 0's values to all ranks, in place, any dtype and layout. Collective.
+
+        Bytes travel, not numbers, because Horovod knows no bool, bf16 or complex and only contiguous tensors.
+        """
+        if self.size == 1:
+            return
+        import horovod.torch as hvd
+        import torch
+
+        with torch.no_grad():
+            waiting = []
+            for key, tensor in tensors:
+                if tensor.numel() == 0:
+                    continue
+                flat = tensor.detach().contiguous().view(-1).view(torch.uint8)
+                waiting.append((tensor, flat, hvd.broadcast_async_(flat, root_rank=0, name=f"{name}/{key}")))
+            for tensor, flat, handle in waiting:
+                hvd.synchronize(handle)
+                tensor.copy_(flat.view(tensor.dtype).view(tensor.shape))
+
+
+def bring_up(environment: Environment, settings: Settings, directory: Path) -> World:
+    """Join the other ranks. Collective. Raises Unavailable, the same on all ranks, when they do not form one world."""
+    os.environ.update(horovod_environment(settings, directory))
+    alone = environment.launcher == "none"
+    mpi = None
+    if alone or environment.gloo:
+        # h5py's parallel build would otherwise call MPI_Init on import, as a singleton beside the real ranks
+        import mpi4py
+
+        mpi4py.rc.initialize = False
+        if alone:
+            os.environ.update(HOROVOD_CONTROLLER="gloo", HOROVOD_CPU_OPERATIONS="gloo")
+    else:
+        mpi = _start_mpi(environment)
+
+    local_rank, local_size = environment.local_rank, environment.local_size
+    if mpi is not None:
+        node = mpi.COMM_WORLD.Split_type(mpi.COMM_TYPE_SHARED)
+        local_rank, local_size = node.rank, node.size
+        node.Free()
+    local_rank, local_size = local_rank or 0, local_size or 1
+
+    import horovod.torch as hvd
+
+    device = choose_device(local_rank, local_size)
+    try:
+        hvd.init(comm=mpi.COMM_WORLD) if mpi is not None else hvd.init()
+    except Exception as error:
+        raise Unavailable(f"Horovod does not start: {error}", hint="`harness check` shows what works here") from error
+    views = {"the environment": (environment.rank, environment.size)}
+    if mpi is not None:
+        views["MPI's COMM_WORLD"] = (mpi.COMM_WORLD.rank, mpi.COMM_WORLD.size)
+    views["Horovod"] = (hvd.rank(), hvd.size())
+    check_views(views, environment.launcher)
+
+    comm: Comm = Mpi(mpi.COMM_WORLD) if mpi is not None else Horovod() if environment.size > 1 else Single()
+    return World(
+        rank=environment.rank,
+        size=environment.size,
+        local_rank=local_rank,
+        local_size=local_size,
+        hosts=tuple(str(host) for host in comm.all_gather(environment.host)),
+        device=device,
+        comm=comm,
+        controller="none" if alone else "mpi" if mpi is not None else "gloo",
+    )
+
+
+def check_views(views: dict[str, tuple[int, int]], launcher: str) -> None:
+    """All must name the same (rank, size); otherwise ranks would train alone, or hang. Raises Unavailable."""
+    if len(set(views.values())) > 1:
+        told = ", ".join(f"{who} says rank {rank} of {size}" for who, (rank, size) in views.items())
+        raise Unavailable(
+            f"the ranks do not form one world ({launcher}): {told}",
+            hint="the launcher and the MPI that mpi4py or Horovod was built with differ; `harness check` names both",
+        )
+
+
+def horovod_environment(settings: Settings, directory: Path) -> dict[str, str]:
+    """Horovod's settings as its environment variables (horovod 0.28, docs/); unset fields are left alone. Pure."""
+    variables: dict[str, object] = {
+        "HOROVOD_STALL_CHECK_TIME_SECONDS": round(settings.stall_warn) or None,
+        "HOROVOD_STALL_CHECK_DISABLE": None if settings.stall_warn else 1,
+        "HOROVOD_STALL_SHUTDOWN_TIME_SECONDS": round(settings.stall_stop) or None,
+        "HOROVOD_FUSION_THRESHOLD": settings.fusion,
+        "HOROVOD_CYCLE_TIME": None if settings.cycle_time is None else settings.cycle_time * 1e3,
+        "HOROVOD_CACHE_CAPACITY": settings.cache_capacity,
+    }
+    if settings.autotune:
+        variables |= {"HOROVOD_AUTOTUNE": 1, "HOROVOD_AUTOTUNE_LOG": directory / "autotune.csv"}
+    if settings.timeline:
+        variables["HOROVOD_TIMELINE"] = directory / "timeline.json"
+    return {key: f"{value:g}" if isinstance(value, float) else str(value) for key, value in variables.items() if value is not None}
+
+
+def _start_mpi(environment: Environment):  # type: ignore[no-untyped-def]
+    """mpi4py's MPI module, initialised. Its type is untyped on purpose: mpi4py may be absent."""
+    if "mpi4py.MPI" not in sys.modules:
+        try:
+            import mpi4py
+
+            mpi4py.rc.thread_level = "multiple"
+            from mpi4py import MPI
+        except (ImportError, RuntimeError) as error:
+            raise Unavailable(
+                f"this process was started by an MPI launcher ({environment.launcher}), but mpi4py does not load: {error}",
+                hint="run launch/setup.sh, or load the MPI module that mpi4py was built with",
+            ) from error
+    else:
+        from mpi4py import MPI
+    if MPI.Query_thread() < MPI.THREAD_MULTIPLE:
+        raise Unavailable(
+            f"this MPI does not give {THREAD_MULTIPLE}, which Horovod's background thread needs",
+            hint=f"{MPI.Get_library_version().splitlines()[0]}: use a build with thread support",
+        )
+    return MPI
