@@ -27,16 +27,19 @@ if TYPE_CHECKING:
 
 def main() -> None:
     """Ends the process with one of the codes of `harness.errors.Exit`."""
-    parser = argparse.ArgumentParser(prog="python -m harness", description="One rank of a run; start it with an MPI launcher.")
+    parser = argparse.ArgumentParser(
+        prog="python -m harness", description="One rank of a run; start it with an MPI launcher."
+    )
     parser.add_argument("config", type=Path, help="a config file, or a run directory to go on with")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="dotted overrides, as optim.lr=3e-4")
     parser.add_argument("--site", action="append", default=[], help="a site file from configs/sites/")
     arguments = parser.parse_args()
+    environment: Environment | None = None
     try:
         environment = identify()
         config = _read(arguments, environment)
-    except HarnessError as error:  # every rank reads the same file and finds the same mistakes: rank 0 tells them
-        if os.environ.get("OMPI_COMM_WORLD_RANK", os.environ.get("HOROVOD_RANK", "0")) in ("0", ""):
+    except HarnessError as error:
+        if environment is None or environment.rank == 0:  # every rank finds the same mistakes: rank 0 tells them
             print(f"error: {error}", file=sys.stderr, flush=True)
         sys.exit(error.code)
     rank = Rank(config, environment)
@@ -139,9 +142,7 @@ def _read(arguments: argparse.Namespace, environment: Environment) -> Config:
     from harness.resolve import resolve
 
     config = resolve(arguments.config, arguments.overrides, sites=arguments.site).config
-    plan_batch(
-        global_batch=config.train.global_batch, ranks=environment.size, micro_batch=config.train.micro_batch
-    )
+    plan_batch(global_batch=config.train.global_batch, ranks=environment.size, micro_batch=config.train.micro_batch)
     return config
 
 

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -54,15 +54,15 @@ def evaluate(job: Job) -> dict[str, float]:
     return means_of_all
 
 
-def combine(parts: list[dict[str, object]]) -> dict[str, float]:
+def combine(parts: Sequence[Any]) -> dict[str, float]:
     """Means from every rank's `{"count": samples, "sums": {name: sum}}`. Pure. Raises HarnessError when there is none."""
-    total = sum(int(part["count"]) for part in parts)  # type: ignore[call-overload]
+    total = sum(int(part["count"]) for part in parts)
     if total == 0:
         raise HarnessError("the evaluation set gave no samples")
-    every: list[Mapping[str, float]] = [part["sums"] for part in parts]  # type: ignore[misc]
+    every: list[Mapping[str, float | None]] = [part["sums"] for part in parts]
     names = sorted({name for sums in every for name in sums})
     # JSON has no nan: a rank's sum that is not finite arrives as null
     return {
-        name: math.fsum(math.nan if sums.get(name, 0.0) is None else sums.get(name, 0.0) for sums in every) / total
+        name: math.fsum(math.nan if (value := sums.get(name, 0.0)) is None else value for sums in every) / total
         for name in names
     }

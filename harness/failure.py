@@ -67,5 +67,3 @@ def leave(code: int) -> NoReturn:
         if MPI.Is_initialized() and not MPI.Is_finalized() and MPI.COMM_WORLD.size > 1:
             MPI.COMM_WORLD.Abort(code)
     os._exit(code)
-
-

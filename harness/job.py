@@ -84,11 +84,9 @@ def total_steps(config: Config, samples: int) -> int:
 def build(config: Config, run: RunDir, attempt: int, world: World, clock: Clock) -> Job:
     """Collective (initial parameters and buffers come from rank 0). Raises ConfigError and what the task raises."""
     torch.use_deterministic_algorithms(config.train.deterministic)
-    torch.utils.deterministic.fill_uninitialized_memory = False  # costs time and only hides reads of unset memory
+    torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined] # costs time and only hides reads of unset memory
     torch.backends.cudnn.benchmark = not config.train.deterministic
-    plan = plan_batch(
-        global_batch=config.train.global_batch, ranks=world.size, micro_batch=config.train.micro_batch
-    )
+    plan = plan_batch(global_batch=config.train.global_batch, ranks=world.size, micro_batch=config.train.micro_batch)
     task = make_task(config.task.name, config.task.args)
     train_data, eval_data = task.data("train"), task.data("eval")
     samples = check_dataset(train_data, "train", config.train.global_batch)
@@ -131,7 +129,10 @@ def build(config: Config, run: RunDir, attempt: int, world: World, clock: Clock)
         ),
         ema=Ema(model, config.train.ema) if config.train.ema is not None else None,
         manager=Manager(
-            run.checkpoints, comm=world.comm, keep=keep_last(config.checkpoint.keep), engine=config.checkpoint.engine,
+            run.checkpoints,
+            comm=world.comm,
+            keep=keep_last(config.checkpoint.keep),
+            engine=config.checkpoint.engine,
             log=sinks.say,
         ),
     )

@@ -48,8 +48,8 @@ def redirect(path: Path, *, console: bool) -> None:
         file = open(path, "a", encoding="utf-8", buffering=1, errors="backslashreplace")  # noqa: SIM115 - lives on
     faulthandler.enable(file)
     if console:
-        sys.stdout = Tee(sys.stdout, file)  # type: ignore[assignment]
-        sys.stderr = Tee(sys.stderr, file)  # type: ignore[assignment]
+        sys.stdout = Tee(sys.stdout, file)
+        sys.stderr = Tee(sys.stderr, file)
         return
     sys.stdout.flush()
     sys.stderr.flush()

@@ -1,22 +1,22 @@
 """The training loop, top to bottom.
 
-    restore the newest checkpoint
-    for each step:
-        for each micro batch:  data -> forward/backward
-        communication -> update
-        every log.every steps:        one small collective: loss, times, "was anyone asked to stop?"
-        every eval.every steps:       evaluate on all ranks; stop early?
-        every checkpoint.every steps: save
-        asked to stop:                save, leave with exit code 75
-    evaluate, save, export
+restore the newest checkpoint
+for each step:
+    for each micro batch:  data -> forward/backward
+    communication -> update
+    every log.every steps:        one small collective: loss, times, "was anyone asked to stop?"
+    every eval.every steps:       evaluate on all ranks; stop early?
+    every checkpoint.every steps: save
+    asked to stop:                save, leave with exit code 75
+evaluate, save, export
 """
 
 from __future__ import annotations
 
 import json
 import time
-from contextlib import contextmanager
 from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
 from harness.data import Batch, to_device, train_batches
@@ -182,9 +182,7 @@ def run_evaluation(job: Job, done: int) -> bool:
     return True
 
 
-def tell(
-    job: Job, interval: Interval, done: int, result: Step, lr_factor: float, first: int, started: float
-) -> None:
+def tell(job: Job, interval: Interval, done: int, result: Step, lr_factor: float, first: int, started: float) -> None:
     """Hand an interval's numbers to the sinks."""
     steps = done - first
     elapsed = time.perf_counter() - started
@@ -221,7 +219,7 @@ def handle_nonfinite(job: Job, step: int, losses: list[torch.Tensor], result: St
     if (policy == "skip" or overflow) and skipped < SKIPS_IN_A_ROW:
         job.sinks.say(f"step {step}: the gradient is not finite, skipped on all ranks")
         return
-    values = job.world.comm.all_gather([str(float(loss)) for loss in losses])
+    values = [str(told).split() for told in job.world.comm.all_gather(" ".join(str(float(x)) for x in losses))]
     begin = step * job.plan.global_batch
     ids = job.order.ids(begin, begin + job.plan.global_batch)
     culprits = {
@@ -233,7 +231,9 @@ def handle_nonfinite(job: Job, step: int, losses: list[torch.Tensor], result: St
     if job.world.is_root:
         write_json(report, {"step": step, "losses": values, "ids": ids.tolist(), "ids_by_rank": culprits})
     where = (
-        f"the loss of rank {', '.join(map(str, culprits))}" if culprits else "the gradient, though every loss is finite,"
+        f"the loss of rank {', '.join(map(str, culprits))}"
+        if culprits
+        else "the gradient, though every loss is finite,"
     )
     shown = next(iter(culprits.values()), ids.tolist())[:10]
     raise InternalError(

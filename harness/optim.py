@@ -43,11 +43,7 @@ def make_optimizer(parameters: Iterable[Any], settings: Optim, *, lr: float) -> 
     """A torch optimizer. Raises ConfigError when it is unknown, needs a closure, or a setting does not apply to it."""
     kind = _optimizer_class(settings.name)
     accepted = inspect.signature(kind).parameters
-    given = {
-        key: value
-        for key in ("momentum", "betas", "eps")
-        if (value := getattr(settings, key)) is not None
-    }
+    given = {key: value for key in ("momentum", "betas", "eps") if (value := getattr(settings, key)) is not None}
     if settings.weight_decay or "weight_decay" in accepted:
         given["weight_decay"] = settings.weight_decay
     arguments = BUILT_IN.get(settings.name, ("", {}))[1] | given | settings.args

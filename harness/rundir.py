@@ -1,14 +1,14 @@
 """One run's directory: what lies where, and who may write it. Used by the launcher and inside ranks alike.
 
-    RUN/config.yaml            the frozen config: `harness run RUN` goes on with it
-        status.json            state, step, rate, last checkpoint; written by rank 0
-        metrics.jsonl          one line per log interval, evaluation and event
-        checkpoints/           see `harness.checkpoint`
-        stop                   when this file appears, the run saves its state and stops
-        attempts/0001/         one per start of the run
-            command.json       what was started, where, with what environment
-            logs/rank-0.log    everything each rank printed
-            errors/rank-0.json a rank's exception: type, message, traceback, host, step, section
+RUN/config.yaml            the frozen config: `harness run RUN` goes on with it
+    status.json            state, step, rate, last checkpoint; written by rank 0
+    metrics.jsonl          one line per log interval, evaluation and event
+    checkpoints/           see `harness.checkpoint`
+    stop                   when this file appears, the run saves its state and stops
+    attempts/0001/         one per start of the run
+        command.json       what was started, where, with what environment
+        logs/rank-0.log    everything each rank printed
+        errors/rank-0.json a rank's exception: type, message, traceback, host, step, section
 """
 
 from __future__ import annotations

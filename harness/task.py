@@ -99,7 +99,9 @@ def find_task(name: str) -> type[Any]:
     except AttributeError as error:
         raise ConfigError(f"task.name {name!r}: the module {module_name} has no {attribute}") from error
     except Exception as error:
-        raise ConfigError(f"task.name {name!r}: importing {module_name} raised {type(error).__name__}: {error}") from error
+        raise ConfigError(
+            f"task.name {name!r}: importing {module_name} raised {type(error).__name__}: {error}"
+        ) from error
     missing = [method for method in ("model", "data", "loss") if not callable(getattr(task, method, None))]
     if not inspect.isclass(task) or missing:
         raise ConfigError(
@@ -115,6 +117,8 @@ def make_task(name: str, args: Mapping[str, Any]) -> Task:
     try:
         inspect.signature(task).bind(**args)
     except TypeError as error:
-        raise ConfigError(f"task.args do not fit {name}: {error}", hint=f"it takes {inspect.signature(task)}") from error
+        raise ConfigError(
+            f"task.args do not fit {name}: {error}", hint=f"it takes {inspect.signature(task)}"
+        ) from error
     made: Task = task(**args)
     return made

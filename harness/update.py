@@ -184,7 +184,8 @@ def _norm(tensors: Iterator[Tensor]) -> Tensor:
     if not values:
         return torch.zeros(())
     norms = torch._foreach_norm(values, 2.0)
-    return torch.linalg.vector_norm(torch.stack([norm.float() for norm in norms]))
+    total: Tensor = torch.linalg.vector_norm(torch.stack([norm.float() for norm in norms]))
+    return total
 
 
 def _sparse_embeddings(model: torch.nn.Module) -> Iterator[bool]:

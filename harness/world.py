@@ -151,7 +151,11 @@ def horovod_environment(settings: Settings, directory: Path) -> dict[str, str]:
         variables |= {"HOROVOD_AUTOTUNE": 1, "HOROVOD_AUTOTUNE_LOG": directory / "autotune.csv"}
     if settings.timeline:
         variables["HOROVOD_TIMELINE"] = directory / "timeline.json"
-    return {key: f"{value:g}" if isinstance(value, float) else str(value) for key, value in variables.items() if value is not None}
+    return {
+        key: f"{value:g}" if isinstance(value, float) else str(value)
+        for key, value in variables.items()
+        if value is not None
+    }
 
 
 def _start_mpi(environment: Environment):  # type: ignore[no-untyped-def]

@@ -18,15 +18,15 @@ class TensorBoard:
             raise Unavailable(
                 "log.tensorboard needs the Python package tensorboard", hint="pip install 'harness[tensorboard]'"
             ) from error
-        self.writer = SummaryWriter(str(directory))  # type: ignore[no-untyped-call]
+        self.writer = SummaryWriter(str(directory))
 
     def record(self, record: Record) -> None:
         for name, value in record.items():
             if isinstance(value, (int, float)) and name != "step":
-                self.writer.add_scalar(f"{record['kind']}/{name}", value, record["step"])  # type: ignore[no-untyped-call]
+                self.writer.add_scalar(f"{record['kind']}/{name}", value, record["step"])
 
     def say(self, text: str) -> None:
         pass
 
     def close(self) -> None:
-        self.writer.close()  # type: ignore[no-untyped-call]
+        self.writer.close()
