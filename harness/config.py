@@ -3,7 +3,8 @@
 A field's description is what `harness schema` hands to editors and what an error message quotes. Values are frozen;
 a `Config` read back from its own dump is equal to it, so the frozen config of a run directory re-runs the run.
 
->>> Config.model_validate({"name": "x", "task": {"name": "linear"}, "train": {"steps": 1, "global_batch": 8}}).optim.name
+>>> run = {"name": "x", "task": {"name": "linear"}, "train": {"steps": 1, "global_batch": 8}}
+>>> Config.model_validate(run).optim.name
 'adamw'
 """
 
@@ -108,7 +109,7 @@ class Schedule(Section):
     """The learning rate over steps, as a factor of `optim.lr`."""
 
     name: Literal["constant", "linear", "cosine", "step", "inverse_sqrt"] = "constant"
-    """constant; linear or cosine from 1 to `final`; step: times `gamma` each `every` steps; inverse_sqrt: 1/sqrt(step)."""
+    """constant; linear, cosine: from 1 to `final`; step: times `gamma` each `every` steps; inverse_sqrt: 1/sqrt(step)."""
     warmup: Count = 0
     """Steps over which the factor first rises linearly from 0 to 1."""
     final: Fraction = 0.0

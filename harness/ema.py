@@ -1,4 +1,4 @@
-"""An exponential moving average of a model's parameters, for evaluation: shadow <- decay * shadow + (1 - decay) * new."""
+"""An exponential moving average of parameters, for evaluation: shadow <- decay * shadow + (1 - decay) * new."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import torch
 
 
 class Ema:
-    """The shadow parameters, by name, in the parameters' own dtype. Identical on all ranks; nothing here is collective."""
+    """The shadow parameters by name, in the parameters' own dtype. Equal on all ranks; nothing is collective."""
 
     def __init__(self, model: torch.nn.Module, decay: float) -> None:
         self.decay = decay

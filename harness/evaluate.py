@@ -55,7 +55,7 @@ def evaluate(job: Job) -> dict[str, float]:
 
 
 def combine(parts: Sequence[Any]) -> dict[str, float]:
-    """Means from every rank's `{"count": samples, "sums": {name: sum}}`. Pure. Raises HarnessError when there is none."""
+    """Means from every rank's `{"count": samples, "sums": {name: sum}}`. Pure. Raises HarnessError."""
     total = sum(int(part["count"]) for part in parts)
     if total == 0:
         raise HarnessError("the evaluation set gave no samples")

@@ -61,7 +61,7 @@ class Meter:
 
 
 def summarize(table: np.ndarray, seconds: float, steps: int) -> Interval:
-    """The view of all ranks. `table` is float64 [ranks, 3 + sections]: stop, sum of losses, steps, section seconds. Pure."""
+    """The view of all ranks. Pure. `table`: float64 [ranks, 3 + sections]: stop, sum of losses, steps, seconds."""
     times = table[:, 3:]
     own = times[:, [SECTIONS.index(name) for name in OWN_WORK]].sum(axis=1)
     mean = float(own.mean())

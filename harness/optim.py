@@ -1,4 +1,4 @@
-"""Optimizers and the peak learning rate. What is not here: when a step is taken (`update.py`), schedules (`schedule.py`).
+"""Optimizers and the peak learning rate. Not here: when a step is taken (`update.py`), schedules (`schedule.py`).
 
 >>> peak_lr(Optim(lr=0.1, lr_scaling="linear", base_batch=256), global_batch=512)
 0.2

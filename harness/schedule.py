@@ -14,7 +14,8 @@ from harness.config import Schedule
 def factor(schedule: Schedule, step: int, steps: int) -> float:
     """What the peak learning rate is multiplied with at `step` (from 0) of `steps`.
 
-    Warm-up ends with factor 1 at step `warmup - 1`; linear and cosine reach `final` at the last step. Cosine: Loshchilov and Hutter 2017, arXiv:1608.03983;
+    Warm-up ends with factor 1 at step `warmup - 1`; linear and cosine reach `final` at the last step.
+    Cosine: Loshchilov and Hutter 2017, arXiv:1608.03983;
     inverse square root: Vaswani et al. 2017, arXiv:1706.03762, with peak 1.
     """
     if step < schedule.warmup:

@@ -27,7 +27,7 @@ from harness.errors import ConfigError
 
 @dataclass(frozen=True)
 class Step:
-    """What a step did: the L2 norm of the reduced gradient before clipping (None when not computed), and if it was taken."""
+    """What a step did. `grad_norm`: L2 norm of the reduced gradient before clipping, None when not computed."""
 
     grad_norm: float | None
     finite: bool

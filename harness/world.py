@@ -168,7 +168,7 @@ def _start_mpi(environment: Environment):  # type: ignore[no-untyped-def]
             from mpi4py import MPI
         except (ImportError, RuntimeError) as error:
             raise Unavailable(
-                f"this process was started by an MPI launcher ({environment.launcher}), but mpi4py does not load: {error}",
+                f"an MPI launcher ({environment.launcher}) started this process, but mpi4py does not load: {error}",
                 hint="run launch/setup.sh, or load the MPI module that mpi4py was built with",
             ) from error
     else:
