@@ -1,0 +1,225 @@
+"""Language models over bytes: `charlm`, a small GPT, and `rnn`, an LSTM, on the same text and with the same measure.
+
+The last 5 % of the text is held out; its cost in bits per byte is exact (every byte is predicted once) and stands
+beside what xz needs for the same bytes.
+
+    task: {name: charlm, args: {text: books/, layers: 6, width: 256, heads: 8, block: 256}}
+"""
+
+from __future__ import annotations
+
+import lzma
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Literal
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from harness.errors import ConfigError
+from harness.order import Ids, Seeds
+from harness.task import Split, Task
+from harness.tasks.text import read_text
+
+HELD_OUT = 0.05
+"""Part of the text, at its end, that is evaluated on."""
+
+Pair = tuple[Tensor, Tensor]
+"""Bytes and the bytes that follow them, both int64 (samples, block)."""
+
+
+@dataclass(frozen=True)
+class Windows:
+    """Windows of `block` bytes of text[start:stop], with the byte before the first as context.
+
+    With `shift` (for training) each visit moves a window by 0 to block - 1 bytes, drawn from the sample's seed;
+    without, windows lie side by side and every byte from `start` on is predicted exactly once.
+    """
+
+    text: Tensor  # uint8; a tensor, as loader processes share tensors' memory
+    start: int
+    stop: int
+    block: int
+    shift: bool
+
+    def __len__(self) -> int:
+        return (self.stop - self.start) // self.block
+
+    def batch(self, ids: Ids, seeds: Seeds) -> Pair:
+        begin = self.start + ids * self.block
+        if self.shift:
+            moved = begin + (seeds % np.uint64(self.block)).astype(np.int64)
+            begin = np.minimum(moved, self.stop - self.block)
+        at = torch.from_numpy(begin)[:, None] + torch.arange(-1, self.block)
+        window = self.text[at].long()
+        return window[:, :-1], window[:, 1:]
+
+
+class CharLM(Task):
+    """A byte-level GPT: pre-norm blocks, learned positions, causal attention.
+
+    `text` is a file or a folder (None: the standard library's sources), of which at most `limit` bytes are used.
+    """
+
+    def __init__(
+        self,
+        text: str | None = None,
+        block: int = 128,
+        layers: int = 4,
+        width: int = 128,
+        heads: int = 4,
+        dropout: float = 0.0,
+        limit: int = 4_000_000,
+    ) -> None:
+        if min(block, layers, width, heads) < 1 or width % heads:
+            raise ConfigError(f"task.args: width {width} does not divide by heads {heads}, or one of them is below 1")
+        self.block, self.layers, self.width, self.heads, self.dropout = block, layers, width, heads, dropout
+        self.text = torch.frombuffer(bytearray(read_text(text, limit=limit)), dtype=torch.uint8)
+        self.held_out = int(len(self.text) * HELD_OUT) // block * block
+        if self.held_out == 0:
+            raise ConfigError(
+                f"the text of {len(self.text)} bytes is too short: 5 % of it must fill a block of {block}",
+                hint=f"give at least {math.ceil(block / HELD_OUT)} bytes, or a smaller task.args.block",
+            )
+
+    def model(self) -> nn.Module:
+        return GPT(self.block, self.layers, self.width, self.heads, self.dropout)
+
+    def data(self, split: Split) -> Windows:
+        boundary = len(self.text) - self.held_out
+        if split == "train":
+            return Windows(self.text, 1, boundary, self.block, shift=True)
+        return Windows(self.text, boundary, len(self.text), self.block, shift=False)
+
+    def loss(self, model: nn.Module, batch: Pair) -> Tensor:
+        before, after = batch
+        return F.cross_entropy(model(before).flatten(0, 1), after.flatten())
+
+    def summarize(self, model: nn.Module, metrics: Mapping[str, float]) -> Mapping[str, float]:
+        return {"bits_per_byte": metrics["loss"] / math.log(2), "xz_bits_per_byte": self.xz_bits_per_byte}
+
+    @cached_property
+    def xz_bits_per_byte(self) -> float:
+        """What xz -9 makes of the held-out bytes alone. It learns from those; the model has seen only the others."""
+        held_out = self.text[-self.held_out :].numpy().tobytes()
+        return 8 * len(lzma.compress(held_out, preset=9)) / len(held_out)
+
+    def report(self, model: nn.Module) -> str:
+        """A line that the model writes."""
+        prompt = self.text[-self.held_out - 64 : -self.held_out].long()
+        text = bytes(write(model, prompt, count=100, block=self.block)).decode(errors="replace")
+        return "sample: " + text.replace("\n", "\\n")
+
+
+class CharRNN(CharLM):
+    """The same with an LSTM or GRU of `layers` layers; each window starts from a zero state."""
+
+    def __init__(
+        self,
+        text: str | None = None,
+        block: int = 128,
+        layers: int = 1,
+        width: int = 256,
+        cell: Literal["lstm", "gru"] = "lstm",
+        dropout: float = 0.0,
+        limit: int = 4_000_000,
+    ) -> None:
+        super().__init__(text, block, layers, width, 1, dropout, limit)
+        if cell not in ("lstm", "gru"):
+            raise ConfigError(f"task.args.cell is {cell!r}", hint="use lstm or gru")
+        self.cell = cell
+
+    def model(self) -> nn.Module:
+        return RNN(self.layers, self.width, self.cell, self.dropout)
+
+
+class GPT(nn.Module):
+    """int64 (samples, time <= block) -> logits (samples, time, 256). After Radford et al. 2019 (GPT-2)."""
+
+    def __init__(self, block: int, layers: int, width: int, heads: int, dropout: float) -> None:
+        super().__init__()
+        self.token = nn.Embedding(256, width)
+        self.position = nn.Embedding(block, width)
+        self.blocks = nn.ModuleList(Block(width, heads, dropout) for _ in range(layers))
+        self.norm = nn.LayerNorm(width)
+        self.head = nn.Linear(width, 256, bias=False)
+        for name, parameter in self.named_parameters():
+            if parameter.dim() == 2:
+                residual = name.endswith(("attention.out.weight", "expand.2.weight"))
+                nn.init.normal_(parameter, std=0.02 / math.sqrt(2 * layers) if residual else 0.02)
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        x = self.token(tokens) + self.position.weight[: tokens.shape[1]]
+        for block in self.blocks:
+            x = block(x)
+        logits: Tensor = self.head(self.norm(x))
+        return logits
+
+
+class Block(nn.Module):
+    """x + attention(norm(x)), then x + mlp(norm(x))."""
+
+    def __init__(self, width: int, heads: int, dropout: float) -> None:
+        super().__init__()
+        self.before_attention, self.before_expand = nn.LayerNorm(width), nn.LayerNorm(width)
+        self.attention = Attention(width, heads, dropout)
+        self.expand = nn.Sequential(nn.Linear(width, 4 * width), nn.GELU(), nn.Linear(4 * width, width))
+        self.dropout = nn.Dropout(dropout)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x + self.dropout(self.attention(self.before_attention(x)))
+        out: Tensor = x + self.dropout(self.expand(self.before_expand(x)))
+        return out
+
+
+class Attention(nn.Module):
+    """Causal self-attention, (samples, time, width) -> the same."""
+
+    def __init__(self, width: int, heads: int, dropout: float) -> None:
+        super().__init__()
+        self.heads, self.dropout = heads, dropout
+        self.qkv = nn.Linear(width, 3 * width)
+        self.out = nn.Linear(width, width)
+
+    def forward(self, x: Tensor) -> Tensor:
+        samples, time, width = x.shape
+        q, k, v = self.qkv(x).view(samples, time, 3, self.heads, width // self.heads).permute(2, 0, 3, 1, 4)
+        mixed = F.scaled_dot_product_attention(q, k, v, is_causal=True, dropout_p=self.dropout * self.training)
+        joined: Tensor = self.out(mixed.transpose(1, 2).reshape(samples, time, width))
+        return joined
+
+
+class RNN(nn.Module):
+    """int64 (samples, time) -> logits (samples, time, 256)."""
+
+    def __init__(self, layers: int, width: int, cell: str, dropout: float) -> None:
+        super().__init__()
+        self.token = nn.Embedding(256, width)
+        kind = nn.LSTM if cell == "lstm" else nn.GRU
+        self.cells = kind(width, width, layers, batch_first=True, dropout=dropout if layers > 1 else 0.0)
+        self.head = nn.Linear(width, 256)
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        states, _ = self.cells(self.token(tokens))
+        logits: Tensor = self.head(states)
+        return logits
+
+
+@torch.no_grad()
+def write(model: nn.Module, prompt: Tensor, *, count: int, block: int, heat: float = 0.7) -> list[int]:
+    """`count` bytes that follow the int64 vector `prompt`, drawn at temperature `heat`, with a generator of its own."""
+    device = next(model.parameters()).device
+    draw = torch.Generator().manual_seed(0)
+    was_training = model.training
+    model.eval()
+    tokens = prompt.tolist()
+    for _ in range(count):
+        logits = model(torch.tensor([tokens[-block:]], device=device))[0, -1]
+        chances = torch.softmax(logits.float().cpu() / heat, dim=0)
+        tokens.append(int(torch.multinomial(chances, 1, generator=draw)))
+    model.train(was_training)
+    return tokens[len(prompt) :]
