@@ -109,7 +109,7 @@ class Schedule(Section):
     """The learning rate over steps, as a factor of `optim.lr`."""
 
     name: Literal["constant", "linear", "cosine", "step", "inverse_sqrt"] = "constant"
-    """constant; linear, cosine: from 1 to `final`; step: times `gamma` each `every` steps; inverse_sqrt: 1/sqrt(step)."""
+    """constant; linear, cosine: from 1 to `final`; step: times `gamma` each `every`; inverse_sqrt: 1/sqrt(step)."""
     warmup: Count = 0
     """Steps over which the factor first rises linearly from 0 to 1."""
     final: Fraction = 0.0

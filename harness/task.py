@@ -43,7 +43,7 @@ class Task:
         raise NotImplementedError
 
     def data(self, split: Split) -> Any:
-        """A map-style data set, or None where there is nothing to evaluate on. `harness.data` says what it may offer."""
+        """A map-style data set, or None when there is nothing to evaluate on. `harness.data` has the details."""
         raise NotImplementedError
 
     def loss(self, model: torch.nn.Module, batch: Any) -> torch.Tensor:
