@@ -1,0 +1,240 @@
+"""A `Job` and the machine's MPI -> the command line and environment that start the ranks. Pure; golden files pin it.
+
+Everything Horovod, Open MPI 4 and 5, MPICH, Intel MPI, srun and horovodrun want to be told is told here, and nowhere
+else. Sources: Horovod's docs/mpi.rst and runner/mpi_run.py for the flags it recommends; the launchers' manual pages.
+
+    job = Job(program=("python", "-m", "harness", "runs/a"), launcher="mpirun", hosts=(Host("a", 2), Host("b", 2)))
+    print(build(job, Mpi("openmpi", (4, 1, 4))).shell())
+"""
+
+from __future__ import annotations
+
+import re
+import shlex
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from typing import Literal
+
+from harness.errors import UsageError
+from launch.hosts import Host, is_local, show
+from launch.mpi import Mpi
+
+Launcher = Literal["mpirun", "horovodrun", "srun", "local"]
+
+EXCLUDED_INTERFACES = ("lo", "docker0", "virbr0")
+"""Loopback and bridges of containers and virtual machines: the same address on every node, so TCP over them hangs."""
+MANY_HOSTS = 64
+"""From here on Horovod starts its daemons from the first node instead of along a tree."""
+_EXPORT = re.compile(
+    r"(PATH|LD_LIBRARY_PATH|LD_PRELOAD|VIRTUAL_ENV|CONDA_PREFIX|TZ|LANG|LC_ALL)"
+    r"|(HARNESS|HOROVOD|PYTHON|OMP|MKL|OPENBLAS|KMP|GOMP|TORCH|NCCL|CUDA|HDF5|ROMIO|UCX|FI|MPICH|I_MPI|MV2|OMPI_MCA)_?[A-Z0-9_]*"
+)
+_KEEP_HOME = re.compile(r".*CUDA_VISIBLE_DEVICES|OMPI_COMM_WORLD_.*|OMPI_(?!MCA_).*|HOROVOD_(RANK|SIZE|LOCAL_.*|CROSS_.*)")
+
+
+@dataclass(frozen=True)
+class Job:
+    """What is to run where, with nothing left to find out. `hosts` says how many ranks each host gets."""
+
+    program: tuple[str, ...]
+    launcher: Launcher
+    hosts: tuple[Host, ...]
+    oversubscribed: bool = False
+    """More ranks than cores: waiting ranks must yield."""
+    gpus: bool = False
+    horovodrun: str = "horovodrun"
+    root: bool = False
+    """The user is root, which Open MPI refuses unless told."""
+    threads: int = 1
+    """OMP_NUM_THREADS of a rank."""
+    cores: int = 1
+    """Cores of a rank, for srun's --cpus-per-task."""
+    bind: Literal["none", "core", "socket"] = "none"
+    interfaces: str | None = None
+    mpi_io: Literal["auto", "romio", "ompio"] = "auto"
+    slurm_mpi: str = "pmix"
+    gloo: bool = False
+    """horovodrun only: its Gloo controller, without MPI."""
+    flags: tuple[str, ...] = ()
+    env: dict[str, str] = field(default_factory=dict)
+    """Set for every rank, whatever else is said here."""
+    export: tuple[str, ...] = ()
+    """Names of variables to hand on to other hosts, besides those matched here."""
+    inherited: tuple[str, ...] = ()
+    """Names of all variables that the launcher process has."""
+
+    @property
+    def ranks(self) -> int:
+        return sum(host.slots for host in self.hosts)
+
+    @property
+    def remote(self) -> bool:
+        """Some ranks run on other hosts, which do not see this environment by themselves."""
+        return len(self.hosts) > 1 or not is_local(self.hosts[0].name)
+
+
+@dataclass(frozen=True)
+class Command:
+    """Arguments and the variables to set on top of the environment."""
+
+    argv: tuple[str, ...]
+    env: dict[str, str]
+
+    def shell(self) -> str:
+        """To be pasted into a shell."""
+        words = [f"{name}={shlex.quote(value)}" for name, value in sorted(self.env.items())]
+        return " \\\n  ".join(_rows([*words, *map(shlex.quote, self.argv)]))
+
+
+def build(job: Job, mpi: Mpi | None) -> Command:
+    """The command for a job. `mpi` may be None for srun, local and horovodrun over Gloo.
+
+    Raises UsageError when the launcher cannot start such a job.
+    """
+    env = {"OMP_NUM_THREADS": str(job.threads), "PYTHONUNBUFFERED": "1"} | _networks(job) | _mpi_env(job, mpi) | job.env
+    if job.launcher == "local":
+        if job.ranks != 1:
+            raise UsageError(
+                f"the launcher local starts one rank, not {job.ranks}", hint="leave --launcher away, or use mpirun"
+            )
+        argv = list(job.program)
+    elif job.launcher == "srun":
+        argv = [*_srun(job), *job.flags, *job.program]
+    elif job.launcher == "horovodrun":
+        argv = [*_horovodrun(job), *job.program]
+    elif mpi is None:
+        raise UsageError("mpirun needs an MPI")
+    elif mpi.family in ("openmpi", "spectrum"):
+        argv = [*_openmpi(job, mpi, env), *job.flags, *job.program]
+    else:
+        argv = _hydra(job, mpi, env)
+    return Command(tuple(argv), env)
+
+
+def _openmpi(job: Job, mpi: Mpi, env: dict[str, str]) -> list[str]:
+    argv = [mpi.path]
+    if job.root:
+        argv += ["--allow-run-as-root"]
+    argv += ["-np", str(job.ranks), "-H", show(job.hosts)]
+    if mpi.family == "spectrum" and job.bind == "none":
+        argv += ["-bind-to", "socket", "-map-by", "socket", "-rank-by", "core"]
+    else:
+        # slot: fill a host before the next, and allow nodes whose NUMA layouts differ
+        over = ":OVERSUBSCRIBE" if job.oversubscribed and mpi.major >= 5 else ""
+        argv += ["--bind-to", job.bind, "--map-by", f"slot{over}"]
+    if job.oversubscribed and mpi.major < 5:
+        argv += ["--oversubscribe"]
+    if mpi.family == "openmpi" and mpi.major < 5 and not mpi.ucx:
+        argv += ["--mca", "pml", "ob1", "--mca", "btl", "^openib"]  # openib crashes with Horovod's threads
+    if job.interfaces is not None:
+        argv += ["--mca", "btl_tcp_if_include", job.interfaces]
+        argv += ["--mca", "oob_tcp_if_include", job.interfaces] if mpi.major < 5 else []
+    elif job.remote:
+        argv += ["--mca", "btl_tcp_if_exclude", ",".join(EXCLUDED_INTERFACES)]
+        argv += ["--mca", "oob_tcp_if_exclude", ",".join(EXCLUDED_INTERFACES)] if mpi.major < 5 else []
+    if len(job.hosts) >= MANY_HOSTS:
+        tree, concurrent = ("--mca", "plm_rsh") if mpi.major < 5 else ("--prtemca", "plm_ssh")
+        argv += [tree, f"{concurrent}_no_tree_spawn", "true", tree, f"{concurrent}_num_concurrent", str(len(job.hosts))]
+    if job.remote:
+        for name in _exported(job, env):
+            if not name.startswith("OMPI_MCA_"):  # those travel by themselves, and -x refuses them
+                argv += ["-x", name]
+    return argv
+
+
+def _hydra(job: Job, mpi: Mpi, env: dict[str, str]) -> list[str]:
+    argv = [mpi.path]
+    if job.interfaces is not None:
+        argv += ["-iface", job.interfaces.split(",")[0]]
+    if mpi.family != "intel" and job.bind != "none":
+        argv += ["-bind-to", job.bind]
+    if job.remote:
+        # Hydra hands its whole environment on; what matters is said once more, whatever a site has configured
+        argv += ["-genvall"]
+        for name in sorted(env):
+            argv += ["-genv", name, env[name]]
+    slots = {host.slots for host in job.hosts}
+    if not job.remote:
+        return [*argv, "-n", str(job.ranks), *job.flags, *job.program]
+    if len(slots) == 1:
+        names = ",".join(host.name for host in job.hosts)
+        return [*argv, "-n", str(job.ranks), "-ppn", str(slots.pop()), "-hosts", names, *job.flags, *job.program]
+    argv += job.flags
+    for index, host in enumerate(job.hosts):  # unequal hosts: one set of arguments each, ranks count on through them
+        argv += [":"] if index else []
+        argv += ["-n", str(host.slots), "-host", host.name, *job.program]
+    return argv
+
+
+def _srun(job: Job) -> list[str]:
+    argv = ["srun", f"--mpi={job.slurm_mpi}", f"--nodes={len(job.hosts)}", f"--ntasks={job.ranks}"]
+    slots = {host.slots for host in job.hosts}
+    if len(slots) == 1:
+        argv += [f"--ntasks-per-node={slots.pop()}"]
+    if not all(is_local(host.name) for host in job.hosts):
+        argv += [f"--nodelist={','.join(host.name for host in job.hosts)}"]
+    argv += [f"--cpus-per-task={job.cores}"]  # some versions of Slurm do not inherit it from the job
+    argv += ["--cpu-bind=" + {"none": "none", "core": "cores", "socket": "sockets"}[job.bind]]
+    if job.gpus:
+        argv += ["--gpu-bind=none"]  # a rank takes its GPU by local rank; all visible keeps peer-to-peer possible
+    if job.oversubscribed:
+        argv += ["--overcommit"]
+    return [*argv, "--kill-on-bad-exit=1", "--unbuffered", "--export=ALL"]
+
+
+def _horovodrun(job: Job) -> list[str]:
+    argv = [job.horovodrun, "-np", str(job.ranks), "-H", show(job.hosts), "--gloo" if job.gloo else "--mpi"]
+    if job.interfaces is not None:
+        argv += ["--network-interfaces", job.interfaces]
+    if not job.gloo and job.flags:
+        argv += [f"--mpi-args={shlex.join(job.flags)}"]
+    if not job.gloo and job.bind != "none":
+        argv += [f"--binding-args=--bind-to {job.bind} --map-by slot"]
+    return argv
+
+
+def _networks(job: Job) -> dict[str, str]:
+    if job.interfaces is not None:
+        return {"NCCL_SOCKET_IFNAME": job.interfaces} | (
+            {"HOROVOD_GLOO_IFACE": job.interfaces.split(",")[0]} if job.gloo else {}
+        )
+    if job.remote and job.gpus and "NCCL_SOCKET_IFNAME" not in job.inherited:
+        return {"NCCL_SOCKET_IFNAME": "^" + ",".join(EXCLUDED_INTERFACES)}
+    return {}
+
+
+def _mpi_env(job: Job, mpi: Mpi | None) -> dict[str, str]:
+    if mpi is None:
+        return {}
+    if mpi.family == "openmpi":
+        env = {}
+        if job.mpi_io == "ompio":
+            env["OMPI_MCA_io"] = "ompio"
+        elif job.mpi_io == "romio" or (mpi.major == 4 and "OMPI_MCA_io" not in job.inherited):
+            # Open MPI 4's own MPI-IO can hang under HDF5 (HDFGroup/hdf5#1227)
+            env["OMPI_MCA_io"] = "romio341" if mpi.major >= 5 else "romio321" if mpi.major == 4 else "romio314"
+        if job.oversubscribed:
+            env["OMPI_MCA_mpi_yield_when_idle"] = "1"  # ranks that wait let others run
+        return env
+    if mpi.family == "intel":
+        pin = {"none": {"I_MPI_PIN": "0"}, "core": {"I_MPI_PIN_DOMAIN": "core"}, "socket": {"I_MPI_PIN_DOMAIN": "socket"}}
+        # -ppn is ignored inside a batch job unless it is told to count
+        return pin[job.bind] | ({"I_MPI_JOB_RESPECT_PROCESS_PLACEMENT": "0"} if job.remote else {})
+    if mpi.family == "mvapich" and job.bind == "none":
+        return {"MV2_ENABLE_AFFINITY": "0"}
+    return {}
+
+
+def _exported(job: Job, env: Iterable[str]) -> list[str]:
+    names = {name for name in job.inherited if _EXPORT.fullmatch(name) and not _KEEP_HOME.fullmatch(name)}
+    return sorted(names | set(env) | (set(job.export) & set(job.inherited)))
+
+
+def _rows(words: Iterable[str]) -> list[str]:
+    rows = [""]
+    for word in words:
+        if rows[-1] and len(rows[-1]) + len(word) > 100:
+            rows.append(word)
+        else:
+            rows[-1] = f"{rows[-1]} {word}".lstrip()
+    return rows

@@ -1,0 +1,104 @@
+"""What a launcher prints, parted into what ranks printed and the launcher's own noise about ranks that ended.
+
+mpirun answers every failed run with a screenful ("Primary job terminated normally, but ..."), which hides the cause.
+The noise is kept, not lost: where no rank left a report, it is all there is (`Parted.noise`).
+
+    parted = Parted(errors=True)
+    os.write(1, parted.feed(data))      # data as read from the launcher's stderr
+"""
+
+from __future__ import annotations
+
+import re
+from collections import deque
+
+_RULE = re.compile(rb"-{70,}\s*")
+_LINE = re.compile(
+    rb"\[[^\]\s]+:\d+\] "  # [host:pid] of Open MPI
+    rb"|\[(proxy:|mpiexec@)"
+    rb"|(srun|slurmstepd|mpirun|prterun|mpiexec): "
+    rb"|application called MPI_Abort|Abort\(-?\d+\) on node|=   |YOUR APPLICATION TERMINATED WITH|This typically refers to"
+    rb"|Please see the FAQ page for debugging|BAD TERMINATION|-{70,}\s*$|={70,}\s*$"
+)
+_ABORT = re.compile(rb"MPI_ABORT was invoked|Primary job|mpirun |prterun |orterun ")
+_TAG = re.compile(rb"\[(?:\d+,)?\d+\]<std(?:out|err)>:? ?")
+_START = (b"---", b"===", b"=   ", b"[", b"srun:", b"slurmstepd:", b"mpirun:", b"application", b"Abort(")
+_MOST = 60
+"""Lines between two rules that may belong to one notice; more are somebody's table."""
+
+
+class Parted:
+    """One stream of a launcher. `errors`: its stderr, where notices stand between two rules of dashes."""
+
+    def __init__(self, *, errors: bool, tagged: bool = False) -> None:
+        self.noise: deque[str] = deque(maxlen=200)
+        self._errors = errors
+        self._tagged = tagged
+        self._rest = b""
+        self._begun = False  # the first part of the current line has been passed on already
+        self._block: list[bytes] | None = None
+
+    def feed(self, data: bytes) -> bytes:
+        """Take what was read; give what a user should see of it. Complete lines only; see `idle`."""
+        lines = (self._rest + data).split(b"\n")
+        self._rest = lines.pop()
+        shown = bytearray()
+        for line in lines:
+            shown += self._line(line + b"\n")
+        return bytes(shown)
+
+    def idle(self) -> bytes:
+        """Nothing came for a moment: pass on the line that has begun (a progress bar) unless it may become noise."""
+        if not self._rest or self._block is not None or (not self._begun and self._may_be_noise(self._rest)):
+            return b""
+        shown, self._rest = self._untagged(self._rest), b""
+        self._begun = True
+        return shown
+
+    def close(self) -> bytes:
+        """The stream has ended: what is still held back."""
+        shown = self._line(self._rest) if self._rest else b""
+        self._rest = b""
+        if self._block is not None:
+            shown += b"".join(self._block)
+            self._block = None
+        return shown
+
+    def _line(self, line: bytes) -> bytes:
+        if self._begun:
+            self._begun = False
+            return line
+        line = self._untagged(line)
+        if self._block is not None:
+            self._block.append(line)
+            if _RULE.fullmatch(line):
+                self._keep(self._block)
+                self._block = None
+            elif len(self._block) > _MOST:
+                block, self._block = self._block, None
+                return b"".join(block)
+            return b""
+        if self._errors and _RULE.fullmatch(line):
+            self._block = [line]
+            return b""
+        if self._errors and _LINE.match(line) or not self._errors and _hydra(line):
+            self._keep([line])
+            return b""
+        return line
+
+    def _untagged(self, line: bytes) -> bytes:
+        return _TAG.sub(b"", line, count=1) if self._tagged and _TAG.match(line) else line
+
+    def _may_be_noise(self, line: bytes) -> bool:
+        return line.startswith(_START if self._errors or self._tagged else (b"===", b"=   "))
+
+    def _keep(self, lines: list[bytes]) -> None:
+        for line in lines:
+            text = line.decode(errors="replace").strip()
+            if text and not set(text) <= {"-", "="}:
+                self.noise.append(text)
+
+
+def _hydra(line: bytes) -> bool:
+    """Hydra tells on stdout that ranks have ended badly."""
+    return bool(re.match(rb"={70,}\s*$|=   |YOUR APPLICATION TERMINATED WITH|This typically refers to a problem|Please see the FAQ page for", line))

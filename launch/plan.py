@@ -1,0 +1,161 @@
+"""A config and the machine at hand -> a `Plan`: how many ranks, where, by which launcher, with what command line.
+
+The only place that looks at the machine for a start; it starts no ranks and writes nothing.
+
+    plan = make_plan(config, "runs/a")
+    print(plan.command.shell())
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+import subprocess
+import sys
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from harness.errors import ConfigError, Unavailable
+from launch import hosts as hosts_module
+from launch import mpi as mpi_module
+from launch.command import Command, Job, Launcher, build
+from launch.hosts import Allocation, Host, Placement
+from launch.mpi import Mpi
+
+if TYPE_CHECKING:
+    from harness.config import Config
+
+_VARIABLE = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A start that could be made now. `notes` are lines a user should see first."""
+
+    job: Job
+    mpi: Mpi | None
+    command: Command
+    allocation: Allocation
+    notes: tuple[str, ...] = ()
+
+    def with_env(self, env: Mapping[str, str]) -> Plan:
+        """The same start with more variables for the ranks."""
+        job = replace(self.job, env=self.job.env | dict(env))
+        return replace(self, job=job, command=build(job, self.mpi))
+
+
+def make_plan(
+    config: Config, run_dir: str, environ: Mapping[str, str] = os.environ, *, probe_srun: bool = True
+) -> Plan:
+    """Decide everything about a start. `probe_srun=False` looks at Slurm without starting a job step.
+
+    Raises ConfigError, InputMissing, UsageError or Unavailable: more ranks than slots, no MPI, a bad list of hosts.
+    """
+    launch = config.launch
+    for name in launch.env:
+        if not _VARIABLE.fullmatch(name):
+            raise ConfigError(f"launch.env: {name!r} is no name of an environment variable")
+    allocation = hosts_module.find(launch.hosts, launch.hostfile, environ)
+    ranks = launch.ranks or default_ranks(allocation)
+    placement = hosts_module.place(allocation, ranks)
+    launcher, mpi = choose(launch.launcher, config.slurm.mpi, allocation, environ, probe_srun)
+    gloo = launcher == "horovodrun" and (mpi is None or _wants_gloo(environ | launch.env))
+    cores = config.slurm.cpus_per_rank or cores_per_rank(allocation, placement, environ)
+    given = environ.get("OMP_NUM_THREADS", "")
+    job = Job(
+        program=(sys.executable, "-m", "harness", run_dir),
+        launcher=launcher,
+        hosts=_named(placement.hosts, launcher),
+        oversubscribed=placement.oversubscribed,
+        gpus=allocation.gpus > 0,
+        root=os.geteuid() == 0,
+        threads=launch.threads or (int(given) if given.isdecimal() and len(given) < 6 else 0) or cores,
+        cores=cores,
+        bind=launch.bind,
+        interfaces=launch.interfaces,
+        mpi_io=launch.mpi_io,
+        slurm_mpi=config.slurm.mpi,
+        gloo=gloo,
+        horovodrun=_horovodrun(environ) if launcher == "horovodrun" else "horovodrun",
+        flags=tuple(launch.mpi_flags),
+        env=dict(launch.env),
+        export=tuple(launch.export),
+        inherited=tuple(sorted(environ)),
+    )
+    notes = [placement.note] if placement.note else []
+    if gloo and launch.mpi_flags:
+        notes.append("launch.mpi_flags are not used: horovodrun starts the ranks without MPI")
+    return Plan(job, mpi, build(job, mpi), allocation, tuple(notes))
+
+
+def default_ranks(allocation: Allocation) -> int:
+    """All slots of hosts that were given or allocated; on this machine one per GPU, else one."""
+    return allocation.slots if allocation.kind != "local" else max(1, allocation.gpus)
+
+
+def choose(
+    wanted: str, slurm_mpi: str, allocation: Allocation, environ: Mapping[str, str], probe_srun: bool
+) -> tuple[Launcher, Mpi | None]:
+    """The launcher and the MPI on PATH. Raises Unavailable when what it needs is not there."""
+    if wanted == "local":
+        return "local", None
+    if wanted == "srun":
+        if shutil.which("srun", path=environ.get("PATH")) is None:
+            raise Unavailable("there is no srun on PATH", hint="load Slurm's module, or use --launcher mpirun")
+        return "srun", _maybe_mpi(environ)
+    if wanted == "horovodrun":
+        return "horovodrun", _maybe_mpi(environ)
+    mpi = _maybe_mpi(environ)
+    if wanted == "auto" and allocation.kind == "slurm" and (mpi is None or mpi.family == "openmpi"):
+        # Open MPI and srun understand each other through PMIx; other MPIs bring a mpirun that knows Slurm by itself
+        if _srun_starts(slurm_mpi, environ, probe_srun):
+            return "srun", mpi
+    return "mpirun", mpi if mpi is not None else mpi_module.find(environ)
+
+
+def cores_per_rank(allocation: Allocation, placement: Placement, environ: Mapping[str, str]) -> int:
+    """A node's cores divided by its ranks, at least 1. Other hosts are taken to be like this one."""
+    per_task, on_node = environ.get("SLURM_CPUS_PER_TASK", ""), environ.get("SLURM_CPUS_ON_NODE", "")
+    if allocation.kind == "slurm" and per_task.isdecimal() and int(per_task) > 0:
+        return int(per_task)
+    cores = int(on_node) if allocation.kind == "slurm" and on_node.isdecimal() else allocation.cores
+    return max(1, cores // max(host.slots for host in placement.hosts))
+
+
+def _named(hosts: tuple[Host, ...], launcher: Launcher) -> tuple[Host, ...]:
+    return hosts if launcher != "local" else (Host(hosts_module.LOCAL, sum(host.slots for host in hosts)),)
+
+
+def _maybe_mpi(environ: Mapping[str, str]) -> Mpi | None:
+    search = environ.get("PATH")
+    if shutil.which("mpirun", path=search) is None and shutil.which("mpiexec", path=search) is None:
+        return None
+    return mpi_module.find(environ)
+
+
+def _wants_gloo(environ: Mapping[str, str]) -> bool:
+    return environ.get("HOROVOD_CONTROLLER", "").lower() == "gloo"
+
+
+def _horovodrun(environ: Mapping[str, str]) -> str:
+    beside = Path(sys.executable).with_name("horovodrun")
+    found = str(beside) if beside.exists() else shutil.which("horovodrun", path=environ.get("PATH"))
+    if found is None:
+        raise Unavailable("there is no horovodrun: Horovod is not installed here", hint="bash launch/setup.sh")
+    return found
+
+
+def _srun_starts(kind: str, environ: Mapping[str, str], probe: bool) -> bool:
+    """Whether srun can start MPI ranks of this kind. `srun --mpi=list` names kinds that then do not load: try one."""
+    srun = shutil.which("srun", path=environ.get("PATH"))
+    if srun is None:
+        return False
+    argv = [srun, f"--mpi={kind}", "--nodes=1", "--ntasks=1", "true"] if probe else [srun, "--mpi=list"]
+    try:
+        done = subprocess.run(argv, capture_output=True, text=True, timeout=30, env=dict(environ), check=False)
+    except (OSError, subprocess.TimeoutExpired):
+        return False
+    return done.returncode == 0 and (probe or kind in f"{done.stdout}\n{done.stderr}")

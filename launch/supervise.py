@@ -1,0 +1,259 @@
+"""One start of a run, from the outside: run the command, pass its output on, stop it when asked, end it when it hangs.
+
+The launcher gets a session of its own, so a terminal's Ctrl-C reaches only this process: the first asks the ranks to
+save and stop (the stop file), the second ends them. Nothing is decided in a signal handler. Starting again after an
+end (restarts, requeue) is not done here: a caller would do it by the `Ending`.
+
+    ending = supervise(plan.command, plan.job.program, run, attempt, run_id=uuid4().hex)
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import selectors
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import FrameType
+from typing import IO
+
+from harness.errors import Exit, Unavailable
+from harness.rundir import Attempt, RunDir, storage_errors
+from launch import processes
+from launch.command import Command
+from launch.console import Parted
+from launch.report import Ending, judge
+
+PATIENCE = 6.0
+"""Seconds the ranks have to end by themselves after the first error file or the first rank that is gone."""
+GRACE = 3.0
+"""Seconds between TERM and KILL; with PATIENCE a failed job is gone within 10 s."""
+LINGER = 60.0
+"""The same as PATIENCE after rank 0 has said that the run is over."""
+LOG_LIMIT = 256 * 2**20
+STOP_SIGNALS = (signal.SIGTERM, signal.SIGHUP, signal.SIGUSR2)
+"""Besides Ctrl-C; USR2 is what Slurm sends to the batch script before the time limit."""
+
+
+@dataclass
+class _Requests:
+    """Signals that came, by count; filled by the handler, read by the loop."""
+
+    interrupts: int = 0
+    stops: int = 0
+
+    def take(self, number: int, frame: FrameType | None) -> None:
+        if number == signal.SIGINT:
+            self.interrupts += 1
+        else:
+            self.stops += 1
+
+
+@dataclass
+class _Watch:
+    """When the ranks must be gone, and why; looks every half second."""
+
+    run: RunDir
+    attempt: Attempt
+    session: int
+    program: Sequence[str]
+    seen: set[int] = field(default_factory=set)
+    until: float = float("inf")
+    reason: str | None = None
+    _next: float = 0.0
+
+    def overdue(self) -> bool:
+        now = time.monotonic()
+        if now >= self._next:
+            self._next = now + 0.5
+            self._look(now)
+        return now > self.until
+
+    def _look(self, now: float) -> None:
+        if any((self.attempt.root / "errors").glob("rank-*.json")):
+            self._by(now + PATIENCE, "a rank failed, and the others did not end")
+            return
+        running = processes.ranks(self.session, self.program)
+        if running and self.seen - running:
+            status = self.run.read_status()
+            over = status.get("attempt") == self.attempt.number and status.get("state") in ("finished", "stopped")
+            self._by(now + (LINGER if over else PATIENCE), "a rank ended without a word, and the others went on waiting for it")
+        self.seen |= running
+
+    def _by(self, until: float, reason: str) -> None:
+        if until < self.until:
+            self.until, self.reason = until, reason
+
+
+def supervise(command: Command, program: Sequence[str], run: RunDir, attempt: Attempt, *, run_id: str) -> Ending:
+    """Run a command to its end, print what there is to say, and return how it ended.
+
+    Call it on the main thread. No process of the start is left on this machine, whatever happens. Raises Unavailable
+    when the command cannot be started, StorageError when its log cannot be written.
+    """
+    requests = _Requests()
+    environment = os.environ | command.env | {processes.RUN_ID: run_id}
+    with storage_errors(attempt.root), open(attempt.root / "launcher.log", "wb") as log:
+        try:
+            process = subprocess.Popen(
+                command.argv,
+                env=environment,
+                stdin=subprocess.DEVNULL,
+                stdout=subprocess.PIPE,
+                stderr=subprocess.PIPE,
+                start_new_session=True,
+            )
+        except OSError as error:
+            raise Unavailable(f"{command.argv[0]} cannot be started: {error.strerror}", hint="`harness check`") from error
+        tagged = Path(command.argv[0]).name == "horovodrun"
+        streams = _Streams(process, log, tagged)
+        watch = _Watch(run, attempt, process.pid, program)
+        try:
+            with _handling(requests):
+                killed = _follow(process, streams, watch, requests, run, run_id)
+                processes.end(process.pid, run_id, grace=GRACE)
+            streams.drain()
+        finally:
+            processes.end(process.pid, run_id, grace=0.0)
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                process.wait(timeout=10)
+    if killed == "interrupted":
+        return Ending(Exit.INTERRUPTED, "failed", f"ended at once; {_next_step(run)}")
+    ending = judge(
+        attempt.errors(),
+        run.read_status(),
+        attempt=attempt.number,
+        returncode=process.returncode if process.returncode is not None else -signal.SIGKILL,
+        noise=streams.noise(),
+        killed=killed,
+    )
+    return Ending(ending.code, ending.state, _with_advice(ending, run, attempt), ending.rank)
+
+
+def _follow(
+    process: subprocess.Popen[bytes],
+    streams: _Streams,
+    watch: _Watch,
+    requests: _Requests,
+    run: RunDir,
+    run_id: str,
+) -> str | None:
+    """Until the launcher has ended. Returns why the ranks were ended from here, if they were."""
+    asked = False
+    while process.poll() is None:
+        streams.pump(0.1)
+        if requests.interrupts + requests.stops and not asked:
+            asked = True
+            _ask_to_stop(run, "Ctrl-C again ends now" if requests.interrupts else "SIGINT ends now")
+            requests.interrupts = 0
+        elif asked and requests.interrupts:
+            _say("ending now")
+            processes.end(process.pid, run_id, grace=GRACE)
+            return "interrupted"
+        elif watch.overdue():
+            processes.end(process.pid, run_id, grace=GRACE)
+            return watch.reason
+    return None
+
+
+def _ask_to_stop(run: RunDir, then: str) -> None:
+    try:
+        run.stop.touch()
+    except OSError as error:
+        _say(f"the stop file {run.stop} cannot be written ({error.strerror}); {then}")
+    else:
+        _say(f"saving and stopping at the next log interval; {then}")
+
+
+def _with_advice(ending: Ending, run: RunDir, attempt: Attempt) -> str:
+    lines = [ending.text] if ending.text else []
+    if ending.state == "failed":
+        log = attempt.log(ending.rank if ending.rank is not None else 0)
+        lines.append(f"logs: {log if log.exists() else attempt.root}")
+    if ending.state != "finished":
+        lines.append(_next_step(run))
+    return "\n".join(lines)
+
+
+def _next_step(run: RunDir) -> str:
+    saved = run.read_status().get("last_checkpoint")
+    state = f"the state of step {saved} is saved; go on" if isinstance(saved, int) else "start again"
+    return f"{state} with: harness run {run.root}"
+
+
+class _Streams:
+    """The launcher's stdout and stderr: raw into the log, without noise onto ours."""
+
+    def __init__(self, process: subprocess.Popen[bytes], log: IO[bytes], tagged: bool) -> None:
+        self._selector = selectors.DefaultSelector()
+        self._log = log
+        self._logged = 0
+        self._parts: list[tuple[Parted, int]] = []
+        assert process.stdout is not None and process.stderr is not None
+        for stream, target in ((process.stdout, 1), (process.stderr, 2)):
+            os.set_blocking(stream.fileno(), False)
+            part = (Parted(errors=target == 2, tagged=tagged), target)
+            self._parts.append(part)
+            self._selector.register(stream, selectors.EVENT_READ, part)
+
+    def pump(self, timeout: float) -> bool:
+        """Pass on what there is, waiting at most `timeout` seconds for it; whether anything came."""
+        if not self._selector.get_map():
+            time.sleep(timeout)
+            return False
+        events = self._selector.select(timeout)
+        for key, _ in events:
+            parted, target = key.data
+            data = os.read(key.fd, 65536)
+            if not data:
+                self._selector.unregister(key.fileobj)
+                _write(target, parted.close())
+                continue
+            if self._logged < LOG_LIMIT:
+                self._logged += len(data)
+                self._log.write(data)
+                self._log.flush()
+            _write(target, parted.feed(data))
+        if not events:
+            for parted, target in self._parts:
+                _write(target, parted.idle())
+        return bool(events)
+
+    def drain(self) -> None:
+        """The rest, once no process writes any more."""
+        while self._selector.get_map() and self.pump(0.2):
+            pass
+        for parted, target in self._parts:
+            _write(target, parted.close())
+        self._selector.close()
+
+    def noise(self) -> list[str]:
+        return [line for parted, _ in self._parts for line in parted.noise]
+
+
+@contextlib.contextmanager
+def _handling(requests: _Requests) -> Iterator[None]:
+    numbers = (signal.SIGINT, *STOP_SIGNALS)
+    before = {number: signal.signal(number, requests.take) for number in numbers}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def _say(text: str) -> None:
+    _write(2, f"\n{text}\n".encode())
+
+
+def _write(target: int, data: bytes) -> None:
+    """To the terminal or file behind our stdout or stderr. A reader that has gone away does not end the run."""
+    (sys.stdout if target == 1 else sys.stderr).flush()
+    with contextlib.suppress(OSError):
+        while data:
+            data = data[os.write(target, data) :]
