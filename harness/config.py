@@ -78,7 +78,7 @@ class Train(Section):
     @model_validator(mode="after")
     def _one_length(self) -> Train:
         if (self.steps is None) == (self.epochs is None):
-            raise ValueError("give either steps or epochs" + (", not both" if self.steps else ""))
+            raise ValueError("give either steps or epochs" + (", not both (null takes one back)" if self.steps else ""))
         return self
 
 
@@ -293,10 +293,16 @@ class Config(Section):
 
     @model_validator(mode="after")
     def _fits(self) -> Config:
-        if self.horovod.op == "adasum" and self.horovod.predivide != 1.0:
+        if self.horovod.op != "average" and self.horovod.predivide != 1.0:
             raise ValueError("horovod.predivide goes with horovod.op=average only")
-        if self.horovod.op == "sum" and self.horovod.predivide != 1.0:
-            raise ValueError("horovod.predivide goes with horovod.op=average only")
+        if self.horovod.op == "adasum":
+            # Adasum combines steps that ranks have already taken
+            train = self.train
+            if train.clip_norm or train.clip_value or train.precision == "fp16" or train.nonfinite == "skip":
+                raise ValueError(
+                    "horovod.op=adasum cannot clip, skip a step or use fp16: train.clip_norm, train.clip_value,"
+                    " train.nonfinite=skip and train.precision=fp16 go with average and sum"
+                )
         if self.launch.hosts is not None and self.launch.hostfile is not None:
             raise ValueError("give launch.hosts or launch.hostfile, not both")
         return self

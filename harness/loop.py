@@ -45,6 +45,8 @@ def train(job: Job) -> None:
         for step in range(first, job.steps):
             job.clock.step = step
             seed_generators(job.config.seed, step, job.world.rank)
+            lr_factor = factor(job.config.schedule, step, job.steps)
+            job.update.begin(lr_factor)
             losses: list[torch.Tensor] = []
             for _ in range(job.plan.passes):
                 with job.clock("data"):
@@ -58,8 +60,7 @@ def train(job: Job) -> None:
             with job.clock("communication"):
                 job.update.synchronize()
             with job.clock("update"):
-                lr_factor = factor(job.config.schedule, step, job.steps)
-                result = job.update.step(lr_factor)
+                result = job.update.step()
                 if job.ema is not None and result.taken:
                     job.ema.update()
             meter.add(sum(losses[1:], losses[0]) / len(losses))

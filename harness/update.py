@@ -1,8 +1,9 @@
 """One optimizer step over all ranks: THE place that knows Horovod's order of calls.
 
+    update.begin(factor)                                              learning rates of this step
     for each of `passes` micro batches:   update.backward(loss)      gradients travel while the last backward runs
-    update.synchronize()                                              wait for them: averaged, summed or Adasum
-    update.step(lr)                                                   unscale -> finite? -> clip -> step -> zero
+    update.synchronize()                                              wait for them: averaged or summed
+    update.step()                                                     unscale -> finite? -> clip -> step -> zero
 
 Any other order is silently wrong with Horovod: clipping before the wait clips a local gradient, a scaler that skips
 leaves handles open, `zero_grad(set_to_none=...)` is refused, hooks on the wrapped optimizer are lost.
@@ -58,8 +59,9 @@ class Update:
         self.device = device
         self.train = train
         self.base_lrs = [float(group["lr"]) for group in optimizer.param_groups]
-        self.optimizer: Any = _distribute(model, optimizer, horovod, passes) if ranks > 1 else optimizer
+        self.optimizer: Any = _distribute(model, optimizer, horovod, passes, ranks) if ranks > 1 else optimizer
         self.distributed = ranks > 1
+        self.adasum = self.distributed and horovod.op == "adasum"
         self.scaler = torch.amp.GradScaler(device.type) if train.precision == "fp16" else None
 
     def autocast(self) -> Any:
@@ -67,6 +69,11 @@ class Update:
         if self.train.precision == "fp32":
             return nullcontext()
         return torch.autocast(self.device.type, torch.bfloat16 if self.train.precision == "bf16" else torch.float16)
+
+    def begin(self, factor: float) -> None:
+        """Set the learning rates of this step to their peaks times `factor`; Adasum uses them during backward."""
+        for group, base in zip(self.optimizer.param_groups, self.base_lrs, strict=True):
+            group["lr"] = base * factor
 
     def backward(self, loss: Tensor) -> None:
         """Add one micro batch's gradient. `loss` is its mean over samples, a scalar."""
@@ -83,10 +90,10 @@ class Update:
         if self.distributed:
             self.optimizer.synchronize()
 
-    def step(self, factor: float) -> Step:
-        """Use the reduced gradient with the learning rates times `factor`. Not collective; all ranks do the same."""
-        for group, base in zip(self.optimizer.param_groups, self.base_lrs, strict=True):
-            group["lr"] = base * factor
+    def step(self) -> Step:
+        """Use the reduced gradient. Not collective, but for Adasum; all ranks do the same."""
+        if self.adasum:
+            return self._adasum_step()
         if self.scaler is not None:
             self.scaler.unscale_(self.optimizer)
         norm = None
@@ -105,6 +112,18 @@ class Update:
         if taken or self.train.nonfinite == "skip" or self.scaler is not None:
             self.optimizer.zero_grad()
         return Step(norm, finite, taken)
+
+    def _adasum_step(self) -> Step:
+        """Horovod's Adasum takes each rank's own step in backward and combines the steps: no gradient to clip or skip.
+
+        So what is not finite shows only in the parameters, on all ranks alike. Collective.
+        """
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+        if self.train.nonfinite == "ignore":
+            return Step(None, True, True)
+        total = float(_norm(p for group in self.optimizer.param_groups for p in group["params"]))
+        return Step(None, total - total == 0.0, True)
 
     def _gradients(self) -> Iterator[Tensor]:
         """The dense values of every gradient, sparse ones summed over repeated rows first."""
@@ -128,9 +147,15 @@ class Update:
                 gradient.clamp_(-self.train.clip_value, self.train.clip_value)
 
 
-def _distribute(model: torch.nn.Module, optimizer: torch.optim.Optimizer, settings: Horovod, passes: int) -> Any:
+def _distribute(
+    model: torch.nn.Module, optimizer: torch.optim.Optimizer, settings: Horovod, passes: int, ranks: int
+) -> Any:
     import horovod.torch as hvd
 
+    if settings.op == "adasum" and ranks & (ranks - 1):
+        raise ConfigError(f"horovod.op=adasum needs 2, 4, 8, ... ranks, not {ranks}")
+    if settings.op == "adasum" and not hvd.mpi_enabled():
+        raise ConfigError("horovod.op=adasum needs MPI; Horovod has no Adasum over Gloo", hint="use mpirun or srun")
     if settings.op == "adasum" and any(_sparse_embeddings(model)) and not settings.sparse_as_dense:
         raise ConfigError("horovod.op=adasum cannot reduce sparse gradients", hint="set horovod.sparse_as_dense=true")
     parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]

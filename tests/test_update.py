@@ -37,7 +37,7 @@ def run(model: torch.nn.Module, update: Update, data: torch.Tensor) -> object:
             loss = model(part).pow(2).mean()
         update.backward(loss)
     update.synchronize()
-    return update.step(1.0)
+    return update.step()
 
 
 def test_accumulation_equals_the_whole_batch() -> None:
@@ -99,8 +99,9 @@ def test_learning_rate_factor_multiplies_each_groups_own_rate() -> None:
     settings = Train(steps=1, global_batch=1)
     update = Update(model, optimizer, train=settings, horovod=Horovod(), passes=1, ranks=1, device=CPU)
     for factor in (0.5, 0.25):
+        update.begin(factor)
         update.backward((a + b).sum())
-        update.step(factor)
+        update.step()
         assert [group["lr"] for group in update.optimizer.param_groups] == [factor, 0.1 * factor]
 
 
@@ -117,7 +118,7 @@ def test_sparse_gradients_are_counted_and_clipped_once_per_row() -> None:
         device=CPU,
     )
     update.backward(table(torch.tensor([4, 4, 4, 7])).sum())
-    result = update.step(1.0)
+    result = update.step()
     assert result.grad_norm == pytest.approx(math.sqrt(3 * 9 + 3 * 1))
     assert float(table.weight.detach().norm()) == pytest.approx(1.0, rel=1e-5)
 

@@ -1,0 +1,245 @@
+"""The distributed update against one process that takes the whole global batch: the same mathematics."""
+
+from __future__ import annotations
+
+import copy
+import math
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+
+from harness.config import Horovod, Optim, Train
+from harness.errors import ConfigError
+from harness.optim import BUILT_IN, make_optimizer
+from harness.update import Update
+from harness.world import World
+
+BATCH, STEPS = 16, 4
+CPU = torch.device("cpu")
+
+
+def mlp() -> torch.nn.Module:
+    torch.manual_seed(0)
+    return torch.nn.Sequential(torch.nn.Linear(6, 16), torch.nn.Tanh(), torch.nn.Linear(16, 3))
+
+
+def conv() -> torch.nn.Module:
+    torch.manual_seed(0)
+    return torch.nn.Sequential(
+        torch.nn.Unflatten(1, (6, 1, 1)),
+        torch.nn.Conv2d(6, 8, 3, padding=1),
+        torch.nn.ReLU(),
+        torch.nn.Flatten(),
+        torch.nn.Linear(8, 3),
+    ).to(memory_format=torch.channels_last)
+
+
+class Words(torch.nn.Module):
+    """Sparse gradients; rows repeat within and between ranks."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.table = torch.nn.Embedding(7, 3, sparse=True)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.table((x.abs() * 10).long() % 7).sum(dim=1)
+
+
+def data(step: int) -> tuple[torch.Tensor, torch.Tensor]:
+    generator = torch.Generator().manual_seed(step)
+    return torch.randn(BATCH, 6, generator=generator), torch.randn(BATCH, 3, generator=generator)
+
+
+def train(
+    model: torch.nn.Module, optim: Optim, *, ranks: int, rank: int, passes: int, horovod: Horovod, **train: Any
+) -> Update:
+    """STEPS steps on this rank's contiguous parts; with ranks=1 the plain reference."""
+    update = Update(
+        model,
+        make_optimizer(model.parameters(), optim, lr=optim.lr),
+        train=Train.model_validate({"steps": STEPS, "global_batch": BATCH, **train}),
+        horovod=horovod,
+        passes=passes,
+        ranks=ranks,
+        device=CPU,
+    )
+    share = BATCH // ranks
+    for step in range(STEPS):
+        x, y = (part[rank * share : (rank + 1) * share].chunk(passes) for part in data(step))
+        for xs, ys in zip(x, y, strict=True):
+            with update.autocast():
+                loss = (model(xs) - ys).pow(2).mean()
+            update.backward(loss)
+        update.synchronize()
+        update.step()
+    return update
+
+
+def compare(
+    world: World,
+    build: Callable[[], torch.nn.Module] = mlp,
+    optim: Optim | None = None,
+    *,
+    passes: int = 1,
+    horovod: Horovod | None = None,
+    rtol: float = 1e-4,
+    atol: float = 1e-5,
+    **train_settings: Any,
+) -> None:
+    optim = optim or Optim(name="momentum", lr=0.05)
+    settings = {"ranks": 1, "rank": 0, "passes": 1, "horovod": Horovod()}
+    reference, model = build(), build()
+    train(reference, optim, **settings, **train_settings)
+    train(
+        model, optim, ranks=world.size, rank=world.rank, passes=passes, horovod=horovod or Horovod(), **train_settings
+    )
+    for (name, a), b in zip(model.named_parameters(), reference.parameters(), strict=True):
+        torch.testing.assert_close(a, b, rtol=rtol, atol=atol, msg=lambda told, name=name: f"{name}: {told}")
+    equal_on_all(world, model)
+
+
+def equal_on_all(world: World, model: torch.nn.Module) -> None:
+    flat = torch.cat([parameter.detach().flatten() for parameter in model.parameters()])
+    copies = world.comm.all_gather([float(value) for value in flat])
+    assert all(one == copies[0] for one in copies), "ranks diverged"
+
+
+@pytest.mark.parametrize("name", BUILT_IN)
+@pytest.mark.parametrize("passes", [1, 2])
+def test_every_optimizer_with_and_without_accumulation(world: World, name: str, passes: int) -> None:
+    compare(world, optim=Optim(name=name, lr=0.01, weight_decay=0.01), passes=passes)
+
+
+@pytest.mark.parametrize(
+    "horovod",
+    [
+        Horovod(predivide=2.0),
+        Horovod(groups=2),
+        Horovod(sparse_as_dense=True),
+    ],
+    ids=str,
+)
+def test_horovod_settings_change_nothing(world: World, horovod: Horovod) -> None:
+    compare(world, horovod=horovod)
+
+
+def test_fp16_compression_changes_little(world: World) -> None:
+    compare(world, horovod=Horovod(compression="fp16"), rtol=1e-2, atol=1e-2)
+
+
+def test_clipping_acts_on_the_averaged_gradient(world: World) -> None:
+    compare(world, clip_norm=0.05, passes=2)
+    compare(world, clip_value=0.01)
+
+
+def test_bf16(world: World) -> None:
+    compare(world, precision="bf16", rtol=3e-2, atol=3e-2)
+
+
+def test_channels_last_with_fused_optimizer(world: World) -> None:
+    compare(world, conv, Optim(name="adamw", lr=0.01, args={"fused": True}))
+
+
+@pytest.mark.parametrize("name", ["sgd", "adagrad"])
+@pytest.mark.parametrize("dense", [False, True])
+def test_sparse_gradients(world: World, name: str, dense: bool) -> None:
+    compare(world, Words, Optim(name=name, lr=0.1), passes=2, horovod=Horovod(sparse_as_dense=dense))
+
+
+def test_sum_is_the_average_times_ranks(world: World) -> None:
+    by_sum, by_average = mlp(), mlp()
+    for model, op, lr in ((by_sum, "sum", 0.05 / world.size), (by_average, "average", 0.05)):
+        train(
+            model,
+            Optim(name="gd", lr=lr),
+            ranks=world.size,
+            rank=world.rank,
+            passes=1,
+            horovod=Horovod.model_validate({"op": op}),
+        )
+    for a, b in zip(by_sum.parameters(), by_average.parameters(), strict=True):
+        torch.testing.assert_close(a, b)
+
+
+def test_adasum_of_equal_gradients_is_that_gradient(world: World) -> None:
+    """Adasum (Maleki et al. 2020, arXiv:2006.02924) averages parallel gradients; orthogonal ones it adds."""
+    if world.size > 1 and world.controller == "gloo":
+        with pytest.raises(ConfigError, match="needs MPI"):
+            train(mlp(), Optim(), ranks=world.size, rank=world.rank, passes=1, horovod=Horovod(op="adasum"))
+        return
+    model, reference = mlp(), mlp()
+    for candidate, ranks in ((model, world.size), (reference, 1)):
+        update = Update(
+            candidate,
+            make_optimizer(candidate.parameters(), Optim(name="gd", lr=0.05), lr=0.05),
+            train=Train(steps=1, global_batch=BATCH),
+            horovod=Horovod(op="adasum"),
+            passes=1,
+            ranks=ranks,
+            device=CPU,
+        )
+        x, y = data(0)
+        update.backward((candidate(x) - y).pow(2).mean())  # the same data on all ranks
+        update.synchronize()
+        update.step()
+    for a, b in zip(model.parameters(), reference.parameters(), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-6)
+    equal_on_all(world, model)
+
+
+def test_adasum_refuses_sparse_gradients(world: World) -> None:
+    if world.size == 1:
+        return
+    with pytest.raises(ConfigError, match="sparse" if world.controller == "mpi" else "needs MPI"):
+        train(Words(), Optim(name="sgd"), ranks=world.size, rank=world.rank, passes=1, horovod=Horovod(op="adasum"))
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf])
+def test_a_bad_loss_on_one_rank_is_agreed_by_all_and_skipped(world: World, bad: float) -> None:
+    model = mlp()
+    update = Update(
+        model,
+        make_optimizer(model.parameters(), Optim(name="adam"), lr=0.01),
+        train=Train(steps=1, global_batch=BATCH, nonfinite="skip"),
+        horovod=Horovod(),
+        passes=2,
+        ranks=world.size,
+        device=CPU,
+    )
+    before = copy.deepcopy(model.state_dict())
+    for spoiled in (True, False):
+        for micro in range(2):
+            x, y = data(micro)
+            factor = bad if spoiled and world.rank == world.size - 1 and micro == 0 else 1.0
+            update.backward((model(x) - y).pow(2).mean() * factor)
+        update.synchronize()
+        result = update.step()
+        assert (result.finite, result.taken) == (not spoiled, not spoiled)
+        unchanged = all(torch.equal(before[name], value) for name, value in model.state_dict().items())
+        assert unchanged == spoiled
+    equal_on_all(world, model)
+
+
+def test_a_parameter_unused_on_one_rank_gets_the_others_gradient(world: World) -> None:
+    model = torch.nn.ModuleDict({"a": torch.nn.Linear(6, 3), "b": torch.nn.Linear(6, 3)})
+    for parameter in model.parameters():
+        torch.nn.init.constant_(parameter, 0.1)
+    update = Update(
+        model,
+        make_optimizer(model.parameters(), Optim(name="gd"), lr=0.1),
+        train=Train(steps=1, global_batch=BATCH),
+        horovod=Horovod(),
+        passes=1,
+        ranks=world.size,
+        device=CPU,
+    )
+    x, _ = data(0)
+    used = ["a", "b"] if world.rank == 0 else ["a"]
+    update.backward(sum(model[name](x).pow(2).mean() for name in used))
+    update.synchronize()
+    update.step()
+    assert not torch.allclose(model["b"].weight, torch.full_like(model["b"].weight, 0.1))
+    equal_on_all(world, model)
