@@ -1,6 +1,7 @@
 """One run's directory: what lies where, and who may write it. Used by the launcher and inside ranks alike.
 
 RUN/config.yaml            the frozen config: `harness run RUN` goes on with it
+    config.1.yaml          the one before, when a run went on with other free fields
     status.json            state, step, rate, last checkpoint; written by rank 0
     metrics.jsonl          one line per log interval, evaluation and event
     checkpoints/           see `harness.checkpoint`
@@ -21,9 +22,12 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from harness.errors import InputMissing, StorageError
+from harness.errors import ConfigError, InputMissing, StorageError
+
+if TYPE_CHECKING:
+    from harness.config import Config
 
 
 @dataclass(frozen=True)
@@ -109,6 +113,44 @@ class RunDir:
     def read_status(self) -> dict[str, Any]:
         """The last status, {} before the first."""
         return _read_object(self.status)
+
+
+def open_run(config: Config) -> RunDir:
+    """Make or enter the run directory of a config and freeze the config in it. Idempotent; one process calls it.
+
+    A run goes on only with a config of the same mathematics (`harness.config.MATHEMATICS`). Where other fields differ,
+    the new config is frozen and the old one kept as `config.<n>.yaml`. Raises ConfigError naming what differs,
+    StorageError where the directory cannot be made or written.
+    """
+    from harness.config import FREE, MATHEMATICS
+    from harness.frozen import compare, freeze
+    from harness.resolve import resolve
+
+    run = RunDir(Path(config.directory))
+    with storage_errors(run.root):
+        try:
+            run.root.mkdir(parents=True, exist_ok=True)
+        except (FileExistsError, NotADirectoryError) as error:
+            taken = next(path for path in (run.root, *run.root.parents) if os.path.lexists(path) and not path.is_dir())
+            raise StorageError(f"{taken} is not a directory", hint="choose another run_dir") from error
+    if not os.path.lexists(run.config):
+        write_atomic(run.config, freeze(config))
+        return run
+    frozen = resolve(run.config).config
+    if changed := compare(frozen, config, under=MATHEMATICS, but=FREE):
+        raise ConfigError(
+            "\n  ".join([f"{run.root} holds a run that computes something else than this config:", *changed]),
+            hint="choose another run_dir, or go on with that run's values",
+        )
+    if compare(frozen, config, under=tuple(type(config).model_fields)):
+        with storage_errors(run.config):
+            before = run.config.read_text(encoding="utf-8")
+        number = 1
+        while (kept := run.root / f"config.{number}.yaml").exists():
+            number += 1
+        write_atomic(kept, before)  # first, so that at no moment a config is lost
+        write_atomic(run.config, freeze(config))
+    return run
 
 
 @contextmanager

@@ -10,7 +10,7 @@ import math
 import re
 from typing import Annotated
 
-from pydantic import BeforeValidator
+from pydantic import BeforeValidator, WithJsonSchema
 
 SECONDS = {"us": 1e-6, "ms": 1e-3, "s": 1.0, "m": 60.0, "min": 60.0, "h": 3600.0, "d": 86400.0}
 BYTES = {"B": 1} | {
@@ -82,5 +82,13 @@ def show_size(count: float) -> str:
     raise AssertionError("unreachable")
 
 
-Duration = Annotated[float, BeforeValidator(duration)]
-Size = Annotated[int, BeforeValidator(size)]
+Duration = Annotated[
+    float,
+    BeforeValidator(duration),
+    WithJsonSchema({"type": ["number", "string"], "minimum": 0, "examples": ["30s", "10m", "2h", "1:30:00"]}),
+]
+Size = Annotated[
+    int,
+    BeforeValidator(size),
+    WithJsonSchema({"type": ["number", "string"], "minimum": 0, "examples": ["64MB", "8GiB"]}),
+]
