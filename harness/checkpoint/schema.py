@@ -1,0 +1,142 @@
+"""What a checkpoint holds: named tensors with dtype, shape and placement. Pure; knows neither files nor torch.
+
+>>> weight = Leaf("model/fc.weight", "float32", (10, 64))
+>>> weight.nbytes
+2560
+
+A name is a path: components separated by `/`, each non-empty, without NUL and not `.` or `..`. It is also the path of
+the HDF5 dataset. Other characters of a component that a path cannot hold are escaped as in URLs (`escape`).
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Literal
+
+from harness.errors import DataError
+
+ITEMSIZE = {
+    "bool": 1,
+    "int8": 1,
+    "uint8": 1,
+    "int16": 2,
+    "uint16": 2,
+    "int32": 4,
+    "uint32": 4,
+    "int64": 8,
+    "uint64": 8,
+    "float16": 2,
+    "bfloat16": 2,
+    "float32": 4,
+    "float64": 8,
+    "float8_e4m3fn": 1,
+    "float8_e5m2": 1,
+    "complex32": 4,
+    "complex64": 8,
+    "complex128": 16,
+}
+"""Bytes per element. Elements are little-endian; a bool is 0 or 1; a complex is its real, then its imaginary part."""
+
+Placement = Literal["replicated", "rank0"]
+"""replicated: every rank holds the same bytes, each writes a part. rank0: ranks may differ, rank 0's copy counts."""
+
+PLACEMENTS: tuple[Placement, ...] = ("replicated", "rank0")
+RESERVED = "_ckpt"
+MAX_NAME = 4096
+MAX_DIMENSIONS = 32
+MAX_LEAVES = 10_000_000
+MAX_BYTES = 1 << 60
+
+
+@dataclass(frozen=True)
+class Leaf:
+    """One global tensor: path, dtype (a key of ITEMSIZE), shape, placement."""
+
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
+    placement: Placement = "replicated"
+
+    @cached_property
+    def nbytes(self) -> int:
+        return ITEMSIZE[self.dtype] * math.prod(self.shape)
+
+    @property
+    def itemsize(self) -> int:
+        return ITEMSIZE[self.dtype]
+
+    def __str__(self) -> str:
+        return f"{self.name}: {self.dtype}{list(self.shape)}"
+
+
+def escape(component: str) -> str:
+    """One component of a path from any text, reversible by `urllib.parse.unquote`.
+
+    >>> escape("a/b"), escape("fc.weight"), escape("..")
+    ('a%2Fb', 'fc.weight', '%2E%2E')
+    """
+    if component in (".", ".."):
+        return component.replace(".", "%2E")
+    if component == "":
+        return "%"
+    return component.replace("%", "%25").replace("/", "%2F").replace("\0", "%00")
+
+
+def check_schema(leaves: Sequence[Leaf]) -> None:
+    """Raises DataError where the leaves cannot be datasets of one HDF5 file. O(n)."""
+    if len(leaves) > MAX_LEAVES:
+        raise DataError(f"{len(leaves)} tensors are more than the {MAX_LEAVES} of one checkpoint")
+    names = {leaf.name for leaf in leaves}
+    if len(names) != len(leaves):
+        twice, _ = Counter(leaf.name for leaf in leaves).most_common(1)[0]
+        raise DataError(f"two tensors are called {twice!r}")
+    groups: set[str] = set()
+    total = 0
+    for leaf in leaves:
+        if problem := _problem(leaf):
+            raise DataError(f"tensor {leaf.name[:200]!r} {problem}")
+        total += leaf.nbytes
+        parent = leaf.name
+        while (cut := parent.rfind("/")) > 0 and (parent := parent[:cut]) not in groups:
+            groups.add(parent)
+    if total > MAX_BYTES:
+        raise DataError(f"{total} bytes are more than one checkpoint holds")
+    if clash := sorted(groups & names):
+        raise DataError(f"{clash[0]!r} is a tensor and also the beginning of another tensor's name")
+
+
+def _problem(leaf: Leaf) -> str | None:
+    parts = leaf.name.split("/")
+    if len(leaf.name) > MAX_NAME or any(part in ("", ".", "..") or "\0" in part for part in parts):
+        return "has a name that is no path"
+    try:
+        leaf.name.encode()
+    except UnicodeEncodeError:
+        return "has a name that is not Unicode text"
+    if parts[0] == RESERVED:
+        return f"is called {RESERVED}, which is reserved"
+    if leaf.dtype not in ITEMSIZE:
+        return f"has the dtype {leaf.dtype}, which checkpoints do not know"
+    if leaf.placement not in PLACEMENTS:
+        return f"has the placement {leaf.placement!r}, which checkpoints do not know"
+    if len(leaf.shape) > MAX_DIMENSIONS:
+        return f"has {len(leaf.shape)} dimensions; HDF5 knows {MAX_DIMENSIONS}"
+    if any(length < 0 or length > MAX_BYTES for length in leaf.shape) or leaf.nbytes > MAX_BYTES:
+        return "has an impossible size"
+    return None
+
+
+def schema_lines(leaves: Iterable[Leaf], aliases: Mapping[str, str]) -> list[str]:
+    """One line per tensor and per second name of a tensor, sorted: what ranks must agree on, in words."""
+    links = [f"{name} -> {target}" for name, target in aliases.items()]
+    return sorted([*(f"{leaf} {leaf.placement}" for leaf in leaves), *links])
+
+
+def schema_hash(leaves: Iterable[Leaf], aliases: Mapping[str, str]) -> str:
+    """64 hex digits that tell whether two ranks (or two checkpoints) hold the same tensors. Independent of order."""
+    return hashlib.sha256("\n".join(schema_lines(leaves, aliases)).encode("utf-8", "surrogatepass")).hexdigest()
