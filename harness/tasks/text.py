@@ -7,9 +7,8 @@ from __future__ import annotations
 
 import ast
 import hashlib
-import io
+import re
 import sysconfig
-import tokenize
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
@@ -19,8 +18,10 @@ from harness.rundir import storage_errors
 
 SKIPPED = {"site-packages", "dist-packages", "test", "tests", "idle_test", "lib-dynload", "__pycache__", "_bundled"}
 """Folders of the standard library that are left out: other people's packages, tests, compiled files."""
-TABLES = {"encodings", "pydoc_data", "config-", "lib2to3"}
+TABLES = ("encodings", "pydoc_data", "config-", "lib2to3")
 """... and those that are mostly generated tables."""
+
+COMMENT = re.compile(rb"^[ \t]*#+[ \t!]*(.+)$", re.MULTILINE)
 
 
 def read_text(path: str | None, *, limit: int) -> bytes:
@@ -52,20 +53,22 @@ def standard_library() -> Path:
 
 
 def prose(source: bytes) -> str:
-    """Docstrings and comments of Python sources, one after the other; "" for what does not parse."""
-    found = []
+    """Docstrings and lines of comment of a Python source; "" for what does not parse."""
     try:
-        for token in tokenize.tokenize(io.BytesIO(source).readline):
-            if token.type == tokenize.COMMENT:
-                found.append(token.string.lstrip("#! "))
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # of invalid escapes in old sources
             tree = ast.parse(source)
-    except (SyntaxError, ValueError, tokenize.TokenError):
+    except (SyntaxError, ValueError):
         return ""
-    for node in ast.walk(tree):
+    found = [comment.decode(errors="replace") for comment in COMMENT.findall(source)]
+    nodes: list[ast.AST] = [tree]
+    while nodes:
+        node = nodes.pop()
         if isinstance(node, (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)):
-            found.append(ast.get_docstring(node) or "")
+            found.append(ast.get_docstring(node, clean=False) or "")
+        for part in ("body", "orelse", "handlers", "finalbody"):  # statements only: expressions hold no docstrings
+            inside = getattr(node, part, [])
+            nodes.extend(inside if isinstance(inside, list) else [])
     return "\n".join(found)
 
 
@@ -89,7 +92,7 @@ def _files(root: Path, pattern: str) -> Iterator[Path]:
         if any(part.startswith(".") for part in inside.parts) or not path.is_file():
             continue
         if root == standard_library() and any(
-            part in SKIPPED or part.startswith(tuple(TABLES)) for part in inside.parts[:-1]
+            part in SKIPPED or part.startswith(TABLES) for part in inside.parts[:-1]
         ):
             continue
         found.append((hashlib.sha256(inside.as_posix().encode()).digest(), path))
