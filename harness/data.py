@@ -213,7 +213,7 @@ class _Fetch(Dataset[Any]):
 def _one_by_one(dataset: Any, request: _Request) -> Any:
     samples = []
     with _random_state_kept():
-        for index, seed in zip(request.ids.tolist(), request.seeds.tolist()):
+        for index, seed in zip(request.ids.tolist(), request.seeds.tolist(), strict=True):
             random.seed(seed)
             np.random.seed(seed & 0xFFFFFFFF)
             torch.default_generator.manual_seed(seed)
@@ -236,7 +236,7 @@ def _sendable(error: Exception) -> Exception:
     try:
         copy.copy(error)  # fails, as the queue would at the other end, when its constructor takes other arguments
         pickle.dumps(error)
-    except Exception:  # noqa: BLE001 - or it holds a file, a lock, anything
+    except Exception:
         return RuntimeError(f"{type(error).__name__}: {error}")
     return error
 
@@ -283,5 +283,3 @@ def _load(dataset: Any, requests: Iterator[_Request], workers: int, prefetch: in
 
 def _as_it_is(batch: Any) -> Any:
     return batch
-
-

@@ -60,7 +60,7 @@ class Hdf5Dataset:
         self._files: OrderedDict[int, h5py.File] = OrderedDict()
         self._process = os.getpid()
         facts = [self._look(number) for number in range(len(self.paths))]
-        for path, fact in zip(self.paths, facts):
+        for path, fact in zip(self.paths, facts, strict=True):
             if fact.shapes != facts[0].shapes:
                 raise DataError(
                     f"{path} holds samples of {fact.shapes}, but {self.paths[0]} of {facts[0].shapes}",
@@ -172,7 +172,7 @@ def runs(ids: Ids, ends: Ids) -> Iterator[Run]:
         return
     files = np.searchsorted(ends, ids, side="right")
     breaks = np.flatnonzero((np.diff(ids) != 1) | (np.diff(files) != 0)) + 1
-    for at, stop in zip([0, *breaks.tolist()], [*breaks.tolist(), len(ids)]):
+    for at, stop in zip([0, *breaks.tolist()], [*breaks.tolist(), len(ids)], strict=True):
         file = int(files[at])
         offset = int(ends[file - 1]) if file else 0
         start = int(ids[at]) - offset

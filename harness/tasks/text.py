@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import ast
 import hashlib
+import os
 import re
 import sysconfig
 import warnings
@@ -16,11 +17,11 @@ from pathlib import Path
 from harness.errors import DataError, InputMissing
 from harness.rundir import storage_errors
 
-SKIPPED = {"site-packages", "dist-packages", "test", "tests", "idle_test", "lib-dynload", "__pycache__", "_bundled"}
-"""Folders of the standard library that are left out: other people's packages, tests, compiled files."""
-TABLES = ("encodings", "pydoc_data", "config-", "lib2to3")
-"""... and those that are mostly generated tables."""
-
+SKIPPED = (
+    *("site-packages", "dist-packages", "test", "idle_test", "lib-dynload", "__pycache__", "_bundled"),
+    *("encodings", "pydoc_data", "config-", "lib2to3"),
+)
+"""Beginnings of the names of folders of the standard library that are left out: what others installed, tests, tables."""
 COMMENT = re.compile(rb"^[ \t]*#+[ \t!]*(.+)$", re.MULTILINE)
 
 
@@ -35,7 +36,7 @@ def read_text(path: str | None, *, limit: int) -> bytes:
     if not root.exists():
         raise InputMissing(f"{root}: no such file or folder", hint="task.args.text is a file or folder of text")
     parts, length = [], 0
-    for file in [root] if root.is_file() else _files(root, "*.py" if path is None else "*"):
+    for file in [root] if root.is_file() else _files(root, ".py" if path is None else ""):
         with storage_errors(file), open(file, "rb") as opened:
             part = opened.read(limit - length)
         parts.append(part)
@@ -75,7 +76,7 @@ def prose(source: bytes) -> str:
 def standard_prose(*, limit: int) -> bytes:
     """Docstrings and comments of the standard library, in the order of `read_text`; at most `limit` bytes."""
     parts, length = [], 0
-    for file in _files(standard_library(), "*.py"):
+    for file in _files(standard_library(), ".py"):
         parts.append(prose(file.read_bytes()).encode()[: limit - length])
         length += len(parts[-1])
         if length >= limit:
@@ -85,15 +86,12 @@ def standard_prose(*, limit: int) -> bytes:
     return b"\n".join(parts)
 
 
-def _files(root: Path, pattern: str) -> Iterator[Path]:
+def _files(root: Path, suffix: str) -> Iterator[Path]:
+    skipped = SKIPPED if root == standard_library() else ()
     found = []
-    for path in root.rglob(pattern):
-        inside = path.relative_to(root)
-        if any(part.startswith(".") for part in inside.parts) or not path.is_file():
-            continue
-        if root == standard_library() and any(
-            part in SKIPPED or part.startswith(TABLES) for part in inside.parts[:-1]
-        ):
-            continue
-        found.append((hashlib.sha256(inside.as_posix().encode()).digest(), path))
+    for folder, inner, names in os.walk(root):
+        inner[:] = [name for name in inner if not name.startswith((".", *skipped))]
+        for path in (Path(folder, name) for name in names if name.endswith(suffix) and not name.startswith(".")):
+            if path.is_file():
+                found.append((hashlib.sha256(path.relative_to(root).as_posix().encode()).digest(), path))
     return (path for _, path in sorted(found))

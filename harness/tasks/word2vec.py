@@ -150,7 +150,8 @@ class Word2Vec(Task):
         self.probes = known
 
     def model(self) -> nn.Module:
-        torch.sparse.check_sparse_tensor_invariants.disable()  # the default, said aloud: else torch warns in each step
+        # the default, but torch warns until it is said aloud
+        torch.sparse.check_sparse_tensor_invariants.disable()  # type: ignore[no-untyped-call]
         return SkipGram(len(self.vocabulary.words), self.width)
 
     def data(self, split: Split) -> SkipGrams:
