@@ -13,18 +13,17 @@ evaluate, save, export
 
 from __future__ import annotations
 
-import json
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
 from harness.data import Batch, to_device, train_batches
-from harness.errors import ConfigError, InternalError, Stopped
+from harness.errors import ConfigError, Stopped
 from harness.evaluate import evaluate
 from harness.job import Job, seed_generators
 from harness.metrics import Interval, Meter
-from harness.rundir import write_json
+from harness.nonfinite import handle_nonfinite
 from harness.schedule import factor
 from harness.units import show_duration
 from harness.update import Step
@@ -32,13 +31,15 @@ from harness.update import Step
 if TYPE_CHECKING:
     import torch
 
-SKIPS_IN_A_ROW = 100
-
 
 def train(job: Job) -> None:
     """Train to the last step. Collective. Raises Stopped after a stop whose state is saved."""
     started = time.perf_counter()
     first = restore(job)
+    if first >= job.steps or has_stopped_improving(job):
+        job.sinks.record("state", first, state="finished", summary=f"{first} steps")
+        job.sinks.say(f"{job.run.root} is finished: nothing to do after step {first}; a higher train.steps goes on")
+        return
     meter, skipped = Meter(), 0
     evaluated, saved = None, first
     with batches_of(job, first) as batches:
@@ -68,7 +69,7 @@ def train(job: Job) -> None:
 
             if not result.finite:
                 skipped += 1
-                handle_nonfinite(job, step, losses, result, skipped)
+                handle_nonfinite(job, step, losses, skipped)
             else:
                 skipped = 0
             last = done == job.steps
@@ -177,7 +178,7 @@ def run_evaluation(job: Job, done: int) -> bool:
         progress.best, progress.waited = value, 0
         return False
     progress.waited += 1
-    if progress.waited < rule.patience:
+    if not has_stopped_improving(job):
         return False
     job.sinks.say(f"{rule.metric} has not improved on {progress.best:.4g} for {progress.waited} evaluations: stopping")
     return True
@@ -209,39 +210,6 @@ def tell(job: Job, interval: Interval, done: int, result: Step, lr_factor: float
 def steps_in(done: int, job: Job, first: int) -> int:
     """Steps since the log line before the one at `done`."""
     return min((done - 1) % job.config.log.every + 1, done - first)
-
-
-def handle_nonfinite(job: Job, step: int, losses: list[torch.Tensor], result: Step, skipped: int) -> None:
-    """Every rank is here for the same step, since all have the same reduced gradient. Collective where it stops."""
-    policy = job.config.train.nonfinite
-    if policy == "ignore":
-        return
-    overflow = job.update.scaler is not None  # fp16: the scaler looks for its scale, and has skipped the step itself
-    if (policy == "skip" or overflow) and skipped < SKIPS_IN_A_ROW:
-        job.sinks.say(f"step {step}: the gradient is not finite, skipped on all ranks")
-        return
-    values = [str(told).split() for told in job.world.comm.all_gather(" ".join(str(float(x)) for x in losses))]
-    begin = step * job.plan.global_batch
-    ids = job.order.ids(begin, begin + job.plan.global_batch)
-    culprits = {
-        rank: ids[rank * job.plan.per_rank : (rank + 1) * job.plan.per_rank].tolist()
-        for rank, told in enumerate(values)
-        if any(loss in ("nan", "inf", "-inf") for loss in told)
-    }
-    report = job.run.root / f"nonfinite-step-{step}.json"
-    if job.world.is_root:
-        write_json(report, {"step": step, "losses": values, "ids": ids.tolist(), "ids_by_rank": culprits})
-    where = (
-        f"the loss of rank {', '.join(map(str, culprits))}"
-        if culprits
-        else "the gradient, though every loss is finite,"
-    )
-    shown = next(iter(culprits.values()), ids.tolist())[:10]
-    raise InternalError(
-        f"step {step}: {where} is not finite ({json.dumps(values[next(iter(culprits), 0)])}); sample ids"
-        f" {', '.join(map(str, shown))}, ... are in {report}" + (f"; {skipped} steps in a row" if skipped > 1 else ""),
-        hint="a lower optim.lr or train.clip_norm may help; train.nonfinite=skip goes on without such steps",
-    )
 
 
 def export(job: Job) -> str | None:

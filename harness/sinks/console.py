@@ -1,7 +1,7 @@
 """Metrics for people: a progress bar on a terminal, plain lines elsewhere.
 
-mpirun hands rank 0 a pipe even when the user sits at a terminal; the launcher then says so in HARNESS_TTY, which holds
-the terminal's width in columns.
+A rank cannot see for itself whether anyone watches: mpirun gives it a pseudo-terminal even when its own output goes to
+a file. `harness run` says so in HARNESS_TTY, which holds the terminal's width in columns.
 """
 
 from __future__ import annotations
@@ -11,8 +11,10 @@ import sys
 
 from rich.console import Console as Terminal
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
+from rich.table import Column
 from rich.text import Text
 
+from harness.env import identify
 from harness.sinks import Record
 from harness.units import show_duration
 
@@ -28,18 +30,15 @@ class Console:
         self.stream = getattr(sys.stdout, "console", sys.stdout)  # under harness.log.Tee: the console alone
         self.file = getattr(sys.stdout, "file", None)
         self.bar: Progress | None = None
-        if columns.isdecimal() or self.stream.isatty():
-            terminal = Terminal(
-                file=self.stream, force_terminal=True, width=min(int(columns), 400) if columns.isdecimal() else None
-            )
+        alone = identify().launcher == "none"
+        if columns.isdecimal() or (alone and self.stream.isatty()):
+            width = max(40, min(int(columns), 400)) if columns.isdecimal() else None
             self.bar = Progress(
-                TextColumn("step"),
-                MofNCompleteColumn(),
-                BarColumn(bar_width=None),
-                TextColumn("{task.fields[told]}"),
-                console=terminal,
+                MofNCompleteColumn(table_column=Column(no_wrap=True, min_width=2 * len(str(steps)) + 1)),
+                BarColumn(bar_width=20),
+                TextColumn("{task.fields[told]}", table_column=Column(no_wrap=True)),
+                console=Terminal(file=self.stream, force_terminal=True, width=width),
                 auto_refresh=False,
-                expand=True,
             )
             self.task = self.bar.add_task("", total=steps, told="starting")
             self.bar.start()

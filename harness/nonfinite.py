@@ -1,0 +1,48 @@
+"""A loss or gradient that is not finite: skip the step, or stop with the step and the samples named."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from harness.errors import InternalError
+from harness.rundir import write_json
+
+if TYPE_CHECKING:
+    import torch
+
+    from harness.job import Job
+
+SKIPS_IN_A_ROW = 100
+"""So many skipped steps in a row end the run: nothing is being learned."""
+
+
+def handle_nonfinite(job: Job, step: int, losses: list[torch.Tensor], skipped: int) -> None:
+    """Every rank is here for the same step, since all have the same reduced gradient. Collective where it stops."""
+    policy = job.config.train.nonfinite
+    if policy == "ignore":
+        return
+    overflow = job.update.scaler is not None  # fp16: the scaler looks for its scale, and has skipped the step itself
+    if (policy == "skip" or overflow) and skipped < SKIPS_IN_A_ROW:
+        job.sinks.say(f"step {step}: the gradient is not finite, skipped on all ranks")
+        return
+    values = [str(told).split() for told in job.world.comm.all_gather(" ".join(str(float(x)) for x in losses))]
+    begin = step * job.plan.global_batch
+    ids = job.order.ids(begin, begin + job.plan.global_batch)
+    culprits = {
+        rank: ids[rank * job.plan.per_rank : (rank + 1) * job.plan.per_rank].tolist()
+        for rank, told in enumerate(values)
+        if any(loss in ("nan", "inf", "-inf") for loss in told)
+    }
+    report = job.run.root / f"nonfinite-step-{step}.json"
+    if job.world.is_root:
+        write_json(report, {"step": step, "losses": values, "ids": ids.tolist(), "ids_by_rank": culprits})
+    what = "the gradient is not finite, though every loss is"
+    if culprits:
+        told = ", ".join(f"{' '.join(values[rank])} on rank {rank}" for rank in list(culprits)[:8])
+        what = f"the loss is not finite ({told})"
+    shown = next(iter(culprits.values()), ids.tolist())[:10]
+    raise InternalError(
+        f"step {step}: {what}; samples {', '.join(map(str, shown))}, ...: all are in {report}"
+        + (f"; {skipped} steps in a row" if skipped > 1 else ""),
+        hint="a lower optim.lr or train.clip_norm may help; train.nonfinite=skip goes on without such steps",
+    )
