@@ -184,6 +184,11 @@ def run_evaluation(job: Job, done: int) -> bool:
     return True
 
 
+def has_stopped_improving(job: Job) -> bool:
+    """Whether early stopping ends the run here; also asked on a restart of a run that it has ended."""
+    return job.config.eval.stop is not None and job.progress.waited >= job.config.eval.stop.patience
+
+
 def tell(job: Job, interval: Interval, done: int, result: Step, lr_factor: float, first: int, started: float) -> None:
     """Hand an interval's numbers to the sinks."""
     steps = done - first

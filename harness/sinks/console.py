@@ -19,6 +19,8 @@ from harness.sinks import Record
 from harness.units import show_duration
 
 HIDDEN = {"kind", "step"}
+SLOW = 1.3
+"""A rank whose own work takes this many times the mean of all ranks is named."""
 
 
 class Console:
@@ -86,6 +88,9 @@ def describe(record: Record) -> str:
     waiting = record.get("share/communication")
     if isinstance(waiting, float) and waiting >= 0.005:
         parts.append(f"{waiting:.0%} communication")
+    slowdown = record.get("slowdown")
+    if isinstance(slowdown, float) and slowdown >= SLOW:
+        parts.append(f"rank {record.get('slowest_rank')} ({record.get('slowest_host')}) {slowdown:.1f}x slower")
     eta = record.get("eta_s")
     if isinstance(eta, float):
         parts.append(f"eta {show_duration(eta)}")
