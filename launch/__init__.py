@@ -1,1 +1,1 @@
-"""What runs *around* the ranks: the `harness` command, launchers, batch scripts. Imports no torch, MPI, numpy or h5py."""
+"""What runs *around* the ranks: the `harness` command, launchers, batch scripts. No torch, MPI, numpy or h5py here."""

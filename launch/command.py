@@ -16,8 +16,9 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from harness.errors import UsageError
-from launch.hosts import Host, is_local, show
+from launch.hosts import is_local, show
 from launch.mpi import Mpi
+from launch.nodelist import Host
 
 Launcher = Literal["mpirun", "horovodrun", "srun", "local"]
 
@@ -27,9 +28,10 @@ MANY_HOSTS = 64
 """From here on Horovod starts its daemons from the first node instead of along a tree."""
 _EXPORT = re.compile(
     r"(PATH|LD_LIBRARY_PATH|LD_PRELOAD|VIRTUAL_ENV|CONDA_PREFIX|TZ|LANG|LC_ALL)"
-    r"|(HARNESS|HOROVOD|PYTHON|OMP|MKL|OPENBLAS|KMP|GOMP|TORCH|NCCL|CUDA|HDF5|ROMIO|UCX|FI|MPICH|I_MPI|MV2|OMPI_MCA)_?[A-Z0-9_]*"
+    r"|(HARNESS|HOROVOD|PYTHON|OMP|MKL|OPENBLAS|KMP|GOMP|TORCH|NCCL|CUDA|HDF5)_?[A-Z0-9_]*"
+    r"|(ROMIO|UCX|FI|MPICH|I_MPI|MV2)_[A-Z0-9_]*"
 )
-_KEEP_HOME = re.compile(r".*CUDA_VISIBLE_DEVICES|OMPI_COMM_WORLD_.*|OMPI_(?!MCA_).*|HOROVOD_(RANK|SIZE|LOCAL_.*|CROSS_.*)")
+_KEEP_HOME = re.compile(r".*CUDA_VISIBLE_DEVICES|HOROVOD_(RANK|SIZE|LOCAL_.*|CROSS_.*)")
 
 
 @dataclass(frozen=True)
@@ -217,9 +219,9 @@ def _mpi_env(job: Job, mpi: Mpi | None) -> dict[str, str]:
             env["OMPI_MCA_mpi_yield_when_idle"] = "1"  # ranks that wait let others run
         return env
     if mpi.family == "intel":
-        pin = {"none": {"I_MPI_PIN": "0"}, "core": {"I_MPI_PIN_DOMAIN": "core"}, "socket": {"I_MPI_PIN_DOMAIN": "socket"}}
+        pin = {"I_MPI_PIN": "0"} if job.bind == "none" else {"I_MPI_PIN_DOMAIN": job.bind}
         # -ppn is ignored inside a batch job unless it is told to count
-        return pin[job.bind] | ({"I_MPI_JOB_RESPECT_PROCESS_PLACEMENT": "0"} if job.remote else {})
+        return pin | ({"I_MPI_JOB_RESPECT_PROCESS_PLACEMENT": "0"} if job.remote else {})
     if mpi.family == "mvapich" and job.bind == "none":
         return {"MV2_ENABLE_AFFINITY": "0"}
     return {}

@@ -17,10 +17,11 @@ _LINE = re.compile(
     rb"\[[^\]\s]+:\d+\] "  # [host:pid] of Open MPI
     rb"|\[(proxy:|mpiexec@)"
     rb"|(srun|slurmstepd|mpirun|prterun|mpiexec): "
-    rb"|application called MPI_Abort|Abort\(-?\d+\) on node|=   |YOUR APPLICATION TERMINATED WITH|This typically refers to"
-    rb"|Please see the FAQ page for debugging|BAD TERMINATION|-{70,}\s*$|={70,}\s*$"
+    rb"|application called MPI_Abort|Abort\(-?\d+\) on node"
 )
-_ABORT = re.compile(rb"MPI_ABORT was invoked|Primary job|mpirun |prterun |orterun ")
+_HYDRA = re.compile(  # Hydra says on stdout that ranks have ended badly
+    rb"={70,}\s*$|=   |YOUR APPLICATION TERMINATED WITH|This typically refers to a problem|Please see the FAQ page for"
+)
 _TAG = re.compile(rb"\[(?:\d+,)?\d+\]<std(?:out|err)>:? ?")
 _START = (b"---", b"===", b"=   ", b"[", b"srun:", b"slurmstepd:", b"mpirun:", b"application", b"Abort(")
 _MOST = 60
@@ -81,7 +82,7 @@ class Parted:
         if self._errors and _RULE.fullmatch(line):
             self._block = [line]
             return b""
-        if self._errors and _LINE.match(line) or not self._errors and _hydra(line):
+        if (_LINE if self._errors else _HYDRA).match(line):
             self._keep([line])
             return b""
         return line
@@ -97,8 +98,3 @@ class Parted:
             text = line.decode(errors="replace").strip()
             if text and not set(text) <= {"-", "="}:
                 self.noise.append(text)
-
-
-def _hydra(line: bytes) -> bool:
-    """Hydra tells on stdout that ranks have ended badly."""
-    return bool(re.match(rb"={70,}\s*$|=   |YOUR APPLICATION TERMINATED WITH|This typically refers to a problem|Please see the FAQ page for", line))

@@ -94,7 +94,7 @@ def _ask(argv: list[str], environ: Mapping[str, str], timeout: float) -> str:
             argv, capture_output=True, text=True, errors="replace", timeout=timeout, env=dict(environ), check=False
         )
     except subprocess.TimeoutExpired as error:
-        raise Unavailable(f"`{' '.join(argv)}` gave no answer within {timeout:.0f} s", hint="is this MPI broken?") from error
+        raise Unavailable(f"`{' '.join(argv)}` gave no answer within {timeout:.0f} s", hint=INSTALL) from error
     except OSError as error:
         raise Unavailable(f"`{' '.join(argv)}` cannot be started: {error.strerror}", hint=INSTALL) from error
     return f"{done.stdout}\n{done.stderr}"

@@ -2,7 +2,7 @@
 
 The only place that looks at the machine for a start; it starts no ranks and writes nothing.
 
-    plan = make_plan(config, "runs/a")
+    plan = make_plan(config, ["runs/a"])
     print(plan.command.shell())
 """
 
@@ -13,7 +13,7 @@ import re
 import shutil
 import subprocess
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -22,8 +22,9 @@ from harness.errors import ConfigError, Unavailable
 from launch import hosts as hosts_module
 from launch import mpi as mpi_module
 from launch.command import Command, Job, Launcher, build
-from launch.hosts import Allocation, Host, Placement
+from launch.hosts import Allocation, Placement
 from launch.mpi import Mpi
+from launch.nodelist import Host
 
 if TYPE_CHECKING:
     from harness.config import Config
@@ -48,10 +49,11 @@ class Plan:
 
 
 def make_plan(
-    config: Config, run_dir: str, environ: Mapping[str, str] = os.environ, *, probe_srun: bool = True
+    config: Config, arguments: Sequence[str], environ: Mapping[str, str] = os.environ, *, probe_srun: bool = True
 ) -> Plan:
-    """Decide everything about a start. `probe_srun=False` looks at Slurm without starting a job step.
+    """Decide everything about a start of `python -m harness *arguments`.
 
+    `probe_srun=False` looks at Slurm without starting a job step.
     Raises ConfigError, InputMissing, UsageError or Unavailable: more ranks than slots, no MPI, a bad list of hosts.
     """
     launch = config.launch
@@ -62,11 +64,11 @@ def make_plan(
     ranks = launch.ranks or default_ranks(allocation)
     placement = hosts_module.place(allocation, ranks)
     launcher, mpi = choose(launch.launcher, config.slurm.mpi, allocation, environ, probe_srun)
-    gloo = launcher == "horovodrun" and (mpi is None or _wants_gloo(environ | launch.env))
+    gloo = launcher == "horovodrun" and (mpi is None or _wants_gloo({**environ, **launch.env}))
     cores = config.slurm.cpus_per_rank or cores_per_rank(allocation, placement, environ)
     given = environ.get("OMP_NUM_THREADS", "")
     job = Job(
-        program=(sys.executable, "-m", "harness", run_dir),
+        program=(sys.executable, "-m", "harness", *arguments),
         launcher=launcher,
         hosts=_named(placement.hosts, launcher),
         oversubscribed=placement.oversubscribed,
@@ -109,10 +111,10 @@ def choose(
     if wanted == "horovodrun":
         return "horovodrun", _maybe_mpi(environ)
     mpi = _maybe_mpi(environ)
-    if wanted == "auto" and allocation.kind == "slurm" and (mpi is None or mpi.family == "openmpi"):
-        # Open MPI and srun understand each other through PMIx; other MPIs bring a mpirun that knows Slurm by itself
-        if _srun_starts(slurm_mpi, environ, probe_srun):
-            return "srun", mpi
+    # Open MPI and srun understand each other through PMIx; other MPIs bring a mpirun that knows Slurm by itself
+    fits = wanted == "auto" and allocation.kind == "slurm" and (mpi is None or mpi.family == "openmpi")
+    if fits and _srun_starts(slurm_mpi, environ, probe_srun):
+        return "srun", mpi
     return "mpirun", mpi if mpi is not None else mpi_module.find(environ)
 
 

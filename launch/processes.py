@@ -21,7 +21,8 @@ def members(session: int, run_id: str) -> list[int]:
     mark = f"{RUN_ID}={run_id}".encode()
     found = []
     for pid in _all():
-        if pid != os.getpid() and (_session(pid) == session or mark in _words(pid, "environ")) and _words(pid, "cmdline"):
+        ours = pid != os.getpid() and (_session(pid) == session or mark in _words(pid, "environ"))
+        if ours and _words(pid, "cmdline"):
             found.append(pid)
     return found
 

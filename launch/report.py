@@ -107,9 +107,9 @@ def _lost(code: int, returncode: int, status: Mapping[str, Any], noise: Sequence
 
 def _reason(number: int) -> str:
     if number == signal.SIGKILL:
-        return "\n  often the system's answer to too little memory: see `dmesg`, or `sacct -j JOB -o State,MaxRSS` under Slurm"
+        return "\n  often the system's answer to too little memory: see `dmesg`, or under Slurm `sacct -j JOB -o State`"
     if number in (signal.SIGSEGV, signal.SIGBUS, signal.SIGILL, signal.SIGABRT):
-        return "\n  a crash in native code; the rank's log may end with its stack. `harness check` finds mismatched libraries"
+        return "\n  a crash in native code; `harness check` finds mismatched libraries"
     return ""
 
 

@@ -82,7 +82,7 @@ class _Watch:
         if running and self.seen - running:
             status = self.run.read_status()
             over = status.get("attempt") == self.attempt.number and status.get("state") in ("finished", "stopped")
-            self._by(now + (LINGER if over else PATIENCE), "a rank ended without a word, and the others went on waiting for it")
+            self._by(now + (LINGER if over else PATIENCE), "a rank ended without a word, and the others waited for it")
         self.seen |= running
 
     def _by(self, until: float, reason: str) -> None:
@@ -109,7 +109,7 @@ def supervise(command: Command, program: Sequence[str], run: RunDir, attempt: At
                 start_new_session=True,
             )
         except OSError as error:
-            raise Unavailable(f"{command.argv[0]} cannot be started: {error.strerror}", hint="`harness check`") from error
+            raise Unavailable(f"{command.argv[0]} cannot be started: {error.strerror}", hint="harness check") from error
         tagged = Path(command.argv[0]).name == "horovodrun"
         streams = _Streams(process, log, tagged)
         watch = _Watch(run, attempt, process.pid, program)

@@ -1,0 +1,208 @@
+"""The `harness` command: run, show, check, schema. Parsing and order only; the work is in the other modules.
+
+What a command needs is imported when it runs, so that `harness --help` answers at once.
+
+    harness run configs/charlm.yaml train.steps=500 -n 4
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+import tempfile
+import traceback
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from typer import BadParameter, TyperException
+
+LAUNCHERS = ("auto", "mpirun", "horovodrun", "srun", "local")
+
+app = typer.Typer(
+    name="harness",
+    help="Train PyTorch models with Horovod over MPI; stop and restart them anywhere.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+
+
+def _launcher(value: str | None) -> str | None:
+    if value is not None and value not in LAUNCHERS:
+        raise BadParameter(f"{value!r} is not one of {', '.join(LAUNCHERS)}")
+    return value
+
+
+ConfigPath = Annotated[Path, typer.Argument(metavar="CONFIG", help="A config file, or a run directory to go on with.")]
+Overrides = Annotated[
+    list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="Values to set, as optim.lr=3e-4.")
+]
+Ranks = Annotated[int | None, typer.Option("-n", "--ranks", min=1, help="Ranks in all.")]
+Hosts = Annotated[str | None, typer.Option("-H", "--hosts", metavar="A:2,B:2", help="Hosts and slots.")]
+Hostfile = Annotated[Path | None, typer.Option("--hostfile", help="A file with a line `host slots=N` per host.")]
+Launcher = Annotated[
+    str | None,
+    typer.Option("--launcher", metavar="|".join(LAUNCHERS), callback=_launcher, help="How ranks are started."),
+]
+Sites = Annotated[list[str] | None, typer.Option("--site", help="A site file of configs/sites, by name or path.")]
+
+
+@app.callback(invoke_without_command=True)
+def _root(version: Annotated[bool, typer.Option("--version", help="Print the version.")] = False) -> None:
+    if version:
+        import importlib.metadata
+
+        print(f"harness {importlib.metadata.version('harness')}")
+        raise typer.Exit
+
+
+@app.command()
+def run(
+    config: ConfigPath,
+    overrides: Overrides = None,
+    ranks: Ranks = None,
+    hosts: Hosts = None,
+    hostfile: Hostfile = None,
+    launcher: Launcher = None,
+    site: Sites = None,
+) -> int:
+    """Start a run, or go on with it, and stay until it ends. Ctrl-C saves and stops."""
+    from harness.batch import plan_batch
+    from harness.resolve import resolve
+    from harness.rundir import open_run
+    from launch.plan import make_plan
+    from launch.start import start
+
+    values = [*(overrides or []), *_flags(ranks, hosts, hostfile, launcher)]
+    settings = resolve(config, values, sites=site or []).config
+    plan = make_plan(settings, [os.path.abspath(settings.directory)])
+    plan_batch(global_batch=settings.train.global_batch, ranks=plan.job.ranks, micro_batch=settings.train.micro_batch)
+    return start(plan, open_run(settings))
+
+
+@app.command()
+def show(
+    config: ConfigPath,
+    overrides: Overrides = None,
+    ranks: Ranks = None,
+    hosts: Hosts = None,
+    hostfile: Hostfile = None,
+    launcher: Launcher = None,
+    site: Sites = None,
+) -> None:
+    """Print what `run` would do: the config with the origin of every value, batch, command, batch script."""
+    from harness.resolve import resolve
+    from launch.show import show as show_all
+
+    values = [*(overrides or []), *_flags(ranks, hosts, hostfile, launcher)]
+    sites = [word for name in site or [] for word in ("--site", name)]
+    resolved = resolve(config, values, sites=site or [])
+    # inside a job the job's own hosts count, so -H and --hostfile are for here only
+    again = [str(config), *(overrides or []), *_flags(ranks, None, None, launcher), *sites]
+    show_all(resolved, [str(config), *values, *sites], again)
+
+
+@app.command()
+def check(
+    run_dir: Annotated[Path, typer.Option("--run-dir", help="Where a run would write.")] = Path("runs"),
+    ranks: Annotated[int, typer.Option("-n", "--ranks", min=1, max=1024, help="Ranks to try with.")] = 2,
+    launcher: Launcher = None,
+    timeout: Annotated[float, typer.Option("--timeout", min=1, help="Seconds the ranks may take.")] = 60.0,
+    json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+) -> int:
+    """Tell what works here, and how to mend what does not. Exit code 0, or 69 where something fails."""
+    from launch.check import Options
+    from launch.check import check as check_all
+    from launch.show import findings
+
+    found = check_all(Options(run_dir, ranks, launcher or "auto", timeout))
+    return findings(found, as_json=json)
+
+
+@app.command()
+def schema() -> None:
+    """Print the JSON Schema of a config, for editors."""
+    import json
+
+    from harness.resolve import schema as json_schema
+
+    print(json.dumps(json_schema(), indent=2))
+
+
+def main() -> None:
+    """The console script."""
+    sys.exit(execute(sys.argv[1:]))
+
+
+def execute(arguments: Sequence[str]) -> int:
+    """Run a command line; every error becomes a sentence on stderr and its exit code."""
+    from harness.errors import Exit, HarnessError
+
+    try:
+        code = app(list(arguments), prog_name="harness", standalone_mode=False)
+        sys.stdout.flush()
+        return code if isinstance(code, int) else 0
+    except HarnessError as error:
+        _tell(f"error: {error}")
+        return int(error.code)
+    except TyperException as error:
+        return _usage(error)
+    except typer.Exit as error:
+        return error.exit_code
+    except (typer.Abort, KeyboardInterrupt):
+        _tell("interrupted")
+        return int(Exit.INTERRUPTED)
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # the reader has left: nothing more to say
+        return 0
+    except Exception as error:
+        _tell(f"error: {type(error).__name__}: {error}\n  a mistake in harness itself; details are in {_details()}")
+        return int(Exit.CRASH)
+
+
+def _usage(error: TyperException) -> int:
+    from harness.errors import Exit
+
+    message = error.format_message()
+    if not message:  # no arguments at all: the help has been printed
+        return int(Exit.USAGE)
+    context = getattr(error, "ctx", None)
+    command = context.command_path if context is not None else "harness"
+    _tell(f"error: {message[0].lower()}{message[1:].rstrip('.')}\n  see `{command} --help`")
+    return int(Exit.USAGE)
+
+
+def _details() -> str:
+    if os.environ.get("HARNESS_DEBUG"):
+        traceback.print_exc()
+        return "the lines above"
+    with tempfile.NamedTemporaryFile("w", prefix="harness-", suffix=".log", delete=False) as file:
+        traceback.print_exc(file=file)
+    return file.name
+
+
+def _tell(text: str) -> None:
+    print(text, file=sys.stderr, flush=True)
+
+
+def _flags(ranks: int | None, hosts: str | None, hostfile: Path | None, launcher: str | None) -> list[str]:
+    """The command line's flags as overrides, so that they are checked, frozen and shown like any other value."""
+    from harness.errors import UsageError
+
+    if hosts is not None and hostfile is not None:
+        raise UsageError("give -H or --hostfile, not both")
+    if hosts is not None:
+        from launch.nodelist import parse_hosts
+
+        try:
+            parse_hosts(hosts)
+        except ValueError as error:
+            raise UsageError(f"-H {hosts}: {error}") from error
+    flags = [f"launch.ranks={ranks}"] if ranks is not None else []
+    flags += [f"launch.hosts={hosts}", "launch.hostfile=null"] if hosts is not None else []
+    flags += [f"launch.hostfile={hostfile}", "launch.hosts=null"] if hostfile is not None else []
+    flags += [f"launch.launcher={launcher}"] if launcher is not None else []
+    return flags

@@ -1,0 +1,54 @@
+"""Start a planned run in its directory: a new attempt, the record of its command, the ranks under supervision.
+
+One start, one attempt. Starting again by itself (restart, requeue) would be a loop around this and is not here.
+"""
+
+from __future__ import annotations
+
+import os
+import platform
+import shutil
+import socket
+import sys
+import time
+import uuid
+
+from harness.rundir import RunDir, storage_errors, write_json
+from launch import processes
+from launch.plan import Plan
+from launch.supervise import supervise
+
+
+def start(plan: Plan, run: RunDir) -> int:
+    """Run to the end and say how it ended; returns the exit code. Raises HarnessError where it cannot start."""
+    attempt = run.new_attempt()
+    run_id = uuid.uuid4().hex
+    env = {"HARNESS_ATTEMPT": str(attempt.number), processes.RUN_ID: run_id}
+    if sys.stdout.isatty() and plan.job.launcher != "horovodrun":  # horovodrun hands on whole lines, with a tag each
+        env["HARNESS_TTY"] = str(shutil.get_terminal_size().columns)
+    plan = plan.with_env(env)
+    with storage_errors(run.root):
+        run.stop.unlink(missing_ok=True)  # asked of an earlier start
+    write_json(
+        attempt.command,
+        {
+            "argv": list(plan.command.argv),
+            "env": plan.command.env,
+            "shell": plan.command.shell(),
+            "cwd": os.getcwd(),
+            "host": socket.gethostname(),
+            "time": time.time(),
+            "run_id": run_id,
+            "launcher": plan.job.launcher,
+            "mpi": str(plan.mpi) if plan.mpi else None,
+            "hosts": {host.name: host.slots for host in plan.job.hosts},
+            "ranks": plan.job.ranks,
+            "python": platform.python_version(),
+        },
+    )
+    for note in plan.notes:
+        print(f"note: {note}", file=sys.stderr, flush=True)
+    ending = supervise(plan.command, plan.job.program, run, attempt, run_id=run_id)
+    if ending.text:
+        print(ending.text, file=sys.stderr, flush=True)
+    return int(ending.code)
