@@ -51,9 +51,9 @@ class Attempt:
         return self.root / "errors" / f"rank-{rank}.json"
 
     def errors(self) -> list[dict[str, Any]]:
-        """All ranks' error files that can be read, by time: the first is the cause."""
+        """All ranks' error files that can be read, the cause first: by time, but Horovod's "a peer is gone" comes last."""
         found = [_read_object(path) for path in sorted((self.root / "errors").glob("rank-*.json"))]
-        return sorted((error for error in found if error), key=lambda error: float(error.get("time", 0)))
+        return sorted((error for error in found if error), key=_precedence)
 
 
 @dataclass(frozen=True)
@@ -190,6 +190,11 @@ def write_atomic(path: Path, text: str) -> None:
 def write_json(path: Path, value: object) -> None:
     """`write_atomic` for a JSON value."""
     write_atomic(path, json.dumps(value, indent=1, sort_keys=True) + "\n")
+
+
+def _precedence(error: dict[str, Any]) -> tuple[bool, float]:
+    time = error.get("time")
+    return error.get("type") == "HorovodInternalError", float(time) if isinstance(time, (int, float)) else 0.0
 
 
 def _read_object(path: Path) -> dict[str, Any]:
