@@ -9,6 +9,7 @@ BatchPlan(global_batch=512, ranks=4, passes=8, micro_batch=16)
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 from harness.errors import ConfigError
@@ -45,33 +46,43 @@ def plan_batch(*, global_batch: int, ranks: int, micro_batch: int | None) -> Bat
     if global_batch % ranks:
         raise ConfigError(
             f"train.global_batch {global_batch} does not divide by {_count(ranks, 'rank')}",
-            hint=f"{_nearest('train.global_batch', global_batch, ranks)}, or {_ranks_that_divide(global_batch, ranks)}",
+            hint=_nearest(global_batch, ranks, micro_batch) + _ranks_that_fit(global_batch, ranks, micro_batch),
         )
     per_rank = global_batch // ranks
     micro = per_rank if micro_batch is None else min(micro_batch, per_rank)
     if per_rank % micro:
-        divisors = [d for d in range(1, per_rank + 1) if per_rank % d == 0]
-        below = max((d for d in divisors if d < micro), default=1)
-        above = min((d for d in divisors if d > micro), default=per_rank)
+        divisors = _divisors(per_rank)
+        below, above = max(d for d in divisors if d < micro), min(d for d in divisors if d > micro)
         raise ConfigError(
             f"train.micro_batch {micro} does not divide the {_count(per_rank, 'sample')} that each of"
             f" {_count(ranks, 'rank')} takes of the global batch {global_batch}",
-            hint=f"use train.micro_batch={below} or {above},"
-            f" or {_nearest('train.global_batch', global_batch, ranks * micro)}",
+            hint=f"use train.micro_batch={below} or {above}; or {_nearest(global_batch, ranks, micro)}",
         )
     return BatchPlan(global_batch, ranks, per_rank // micro, micro)
 
 
-def _nearest(name: str, value: int, divisor: int) -> str:
-    below = value // divisor * divisor
-    numbers = [number for number in (below, below + divisor) if number > 0]
-    return f"use {name}=" + " or ".join(map(str, numbers))
+def _nearest(global_batch: int, ranks: int, micro_batch: int | None) -> str:
+    """The nearest global batches that fit: a rank takes a multiple of the micro batch, or anything smaller than it."""
+    micro, share = micro_batch or 1, global_batch // ranks
+    below = share // micro * micro if share >= micro else share
+    above = -(-(share + 1) // micro) * micro if share + 1 >= micro else share + 1
+    return "use train.global_batch=" + " or ".join(str(number * ranks) for number in (below, above) if number)
 
 
-def _ranks_that_divide(global_batch: int, ranks: int) -> str:
-    fewer = max(n for n in range(1, ranks) if global_batch % n == 0)
-    more = next((n for n in range(ranks + 1, global_batch + 1) if global_batch % n == 0), None)
-    return f"{_count(fewer, 'rank')}" if more is None else f"{fewer} or {_count(more, 'rank')}"
+def _ranks_that_fit(global_batch: int, ranks: int, micro_batch: int | None) -> str:
+    fits = [n for n in _divisors(global_batch) if micro_batch is None or _fits(global_batch // n, micro_batch)]
+    near = [max((n for n in fits if n < ranks), default=0), min((n for n in fits if n > ranks), default=0)]
+    return "; or " + " or ".join(_count(n, "rank") for n in near if n)
+
+
+def _fits(share: int, micro_batch: int) -> bool:
+    return share % min(micro_batch, share) == 0
+
+
+def _divisors(number: int) -> list[int]:
+    """All divisors of a number up to 10**12, and of a larger one those that need no search beyond 10**6."""
+    small = [d for d in range(1, min(math.isqrt(number), 10**6) + 1) if number % d == 0]
+    return sorted({*small, *(number // d for d in small)})
 
 
 def _count(number: int, noun: str) -> str:

@@ -10,6 +10,7 @@ job inherits SLURM_PROCID=0 for every rank.
 from __future__ import annotations
 
 import os
+import re
 import socket
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -58,7 +59,6 @@ SOURCES = (
         ("PMIX_RANK", "SLURM_PROCID"),
         ("SLURM_STEP_NUM_TASKS", "SLURM_NTASKS"),
         ("SLURM_LOCALID",),
-        ("SLURM_STEP_TASKS_PER_NODE", "SLURM_NTASKS_PER_NODE"),
     ),
 )
 
@@ -94,6 +94,8 @@ def identify(environ: Mapping[str, str] = os.environ) -> Environment:
         if source.launcher == "slurm" and "SLURM_STEP_ID" not in environ:
             continue  # the batch shell itself, not a task that srun started
         local_rank, local_size = _number(environ, source.local_rank), _number(environ, source.local_size)
+        if source.launcher == "slurm":
+            local_size = _slurm_tasks_here(environ)
         return _environment(environ, source.launcher, rank, size, local_rank, local_size)
     return _environment(environ, "none", 0, 1, 0, 1)
 
@@ -118,13 +120,27 @@ def _environment(
     )
 
 
+def _slurm_tasks_here(environ: Mapping[str, str]) -> int | None:
+    """From lists like "4(x2),3": 4 tasks on each of two nodes, 3 on the next. None where it tells nothing."""
+    text, node = environ.get("SLURM_STEP_TASKS_PER_NODE", ""), _number(environ, ("SLURM_NODEID",))
+    if node is None:
+        return None
+    for part in text.split(","):
+        match = re.fullmatch(r"([0-9]{1,9})(?:\(x([0-9]{1,9})\))?", part)
+        if match is None:
+            return None
+        node -= int(match[2] or 1)
+        if node < 0:
+            return int(match[1])
+    return None
+
+
 def _number(environ: Mapping[str, str], names: tuple[str, ...]) -> int | None:
     for name in names:
         text = environ.get(name)
         if text is None or text == "":
             continue
-        text = text.split("(")[0]  # Slurm writes "2(x3)" for two tasks on each of three nodes
         if not text.isdecimal() or len(text) > 9:
-            raise Unavailable(f"the environment variable {name} is {environ[name]!r}, not a number")
+            raise Unavailable(f"the environment variable {name} is {text[:40]!r}, not a number")
         return int(text)
     return None

@@ -48,6 +48,9 @@ KINDS = {
     "dict_type": "a mapping of keys to values",
 }
 
+MAX_TOLD = 100
+"""Mistakes told at once."""
+
 _Error = Mapping[str, Any]
 
 
@@ -109,7 +112,10 @@ def explain(errors: list[_Error], tree: Node) -> list[Mistake]:
         if error["type"] == "missing":
             depth = len(loc)
         by_path.setdefault(loc[:depth], []).append(error)  # what is cut off names a branch of a union
-    return [_mistake(parts, found, tree) for parts, found in by_path.items()]
+    told = [_mistake(parts, found, tree) for parts, found in list(by_path.items())[:MAX_TOLD]]
+    if len(told) < len(by_path):
+        told.append(Mistake(tree.place, f"{len(by_path)} mistakes in all, of which {MAX_TOLD} are told"))
+    return told
 
 
 def _mistake(parts: tuple[Any, ...], errors: list[_Error], tree: Node) -> Mistake:

@@ -16,7 +16,7 @@ from typing import Any
 from harness.errors import Mistake
 from harness.yamlfile import Node, scalar
 
-_REFERENCE = re.compile(r"\$\$+\{env:|\$\{env:(?:([A-Za-z_][A-Za-z0-9_]*)(?::-([^{}]*))?\})?")
+_REFERENCE = re.compile(r"(?<!\$)(?:\$\$+\{env:|\$\{env:(?:([A-Za-z_][A-Za-z0-9_]*)(?::-([^{}]*))?\})?)")
 
 
 def substitute(text: str, environ: Mapping[str, str]) -> str:
@@ -38,7 +38,7 @@ def substitute(text: str, environ: Mapping[str, str]) -> str:
 
 def escape(text: str) -> str:
     """Text that `substitute` turns back into this one."""
-    return re.sub(r"\$+\{env:", lambda match: f"${match[0]}", text)
+    return re.sub(r"(?<!\$)\$+\{env:", lambda match: f"${match[0]}", text)
 
 
 def expand(

@@ -24,7 +24,7 @@ from harness.mistakes import find
 from harness.references import expand, substitute
 from harness.rundir import RunDir
 from harness.validate import validate
-from harness.yamlfile import Node, merge, parse, read, scalar
+from harness.yamlfile import MAX_DEPTH, MAX_KEY, Node, merge, parse, read, scalar
 
 __all__ = ["Resolved", "freeze", "resolve", "schema"]
 
@@ -172,8 +172,8 @@ def _override(text: str) -> Node:
     """`a.b=value` as a tree. The value is a YAML scalar, taken whole, or a flow collection or quoted text."""
     key, equals, value = text.partition("=")
     key, value = key.strip(), value.strip()
-    if not equals or not all(key.split(".")):
-        raise ConfigError([Mistake(COMMAND_LINE, f"{text!r} is no override", "write it as optim.lr=3e-4")])
+    if not equals or not all(key.split(".")) or key.count(".") >= MAX_DEPTH or len(key) > MAX_KEY:
+        raise ConfigError([Mistake(COMMAND_LINE, f"{text[:100]!r} is no override", "write it as optim.lr=3e-4")])
     if value[:1] in ("[", "{", '"', "'"):
         try:
             node = parse(value, COMMAND_LINE, numbered=False)

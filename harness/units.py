@@ -22,11 +22,16 @@ _UNITS = {unit.lower(): factor for unit, factor in BYTES.items()}
 _NUMBER = re.compile(r"\s*([0-9]*\.?[0-9]+(?:e[+-]?[0-9]+)?)\s*([a-z]*)\s*", re.IGNORECASE)
 
 
+MAX_LENGTH = 40  # no number is longer, and the pattern would take long over much longer ones
+
+
 def duration(value: object) -> float:
     """Seconds. A bare number is seconds; `h:mm:ss` is accepted as in Slurm. Raises ValueError."""
     if isinstance(value, bool) or not isinstance(value, (int, float, str)):
         raise ValueError("give a duration such as 30s, 10m or 2h")
     if isinstance(value, str):
+        if len(value) > MAX_LENGTH:
+            raise ValueError("this is not a duration; write it as 30s, 10m, 2h or 1:30:00")
         if re.fullmatch(r"\d+:\d{1,2}(:\d{1,2})?", value):
             parts = [int(part) for part in value.split(":")]
             seconds = float(sum(part * 60**power for power, part in enumerate(reversed(parts))))
@@ -48,10 +53,10 @@ def size(value: object) -> int:
     if isinstance(value, bool) or not isinstance(value, (int, float, str)):
         raise ValueError("give a size such as 64MB or 8GiB")
     if isinstance(value, str):
-        match = _NUMBER.fullmatch(value)
+        match = _NUMBER.fullmatch(value) if len(value) <= MAX_LENGTH else None
         unit = match[2].lower() if match else ""
         if not match or (unit and unit not in _UNITS):
-            raise ValueError(f"{value!r} is not a size; write it as 64MB or 8GiB")
+            raise ValueError(f"{value[:MAX_LENGTH]!r} is not a size; write it as 64MB or 8GiB")
         number = float(match[1]) * _UNITS.get(unit, 1)
     else:
         number = float(value)

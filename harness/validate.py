@@ -71,7 +71,9 @@ def _all(values: Any, errors: list[Any]) -> list[Any]:
     wrong is taken out, and what was waiting behind it shows, until nothing is left."""
     found = list(errors)
     touched: set[Any] = set()
-    while errors and all(error["loc"] for error in errors):
+    for _ in range(5):
+        if not errors or not all(error["loc"] for error in errors):
+            break
         for error in errors:
             section, *rest = error["loc"]
             touched.add(section)
@@ -84,9 +86,7 @@ def _all(values: Any, errors: list[Any]) -> list[Any]:
                 required = {name: value for name, value in stand_in.items() if name != "steps" or key not in values}
                 values[key] = {**required, **values.get(key, {})}
             values.setdefault(key, stand_in)
-        before, (_, errors) = errors, _check(values)
-        if [error["loc"] for error in errors] == [error["loc"] for error in before]:
-            break  # taking it out did not help: no more to be learnt
+        errors = _check(values)[1]
         found += [
             error
             for error in errors

@@ -36,6 +36,7 @@ from harness.errors import ConfigError, InputMissing, Mistake
 
 MAX_BYTES = 1 << 20
 MAX_DEPTH = 50
+MAX_KEY = 200  # characters
 MAX_NODES = 20_000  # with aliases expanded
 
 Scalar: TypeAlias = bool | int | float | str | None
@@ -135,7 +136,8 @@ def merge(below: Node, above: Node) -> Node:
     merged = dict(below.value)
     for key, node in above.value.items():
         merged[key] = merge(merged[key], node) if key in merged else node
-    return Node(merged, above.place)
+    # a section's place is the line of a file where it has one, also when the command line adds a value
+    return Node(merged, above.place if ":" in above.place or ":" not in below.place else below.place)
 
 
 def dump(value: Any, *, inline: bool = False) -> str:
@@ -219,7 +221,9 @@ class _Builder:
             key = self.node(event, depth + 1)
             value = self.node(next(self.events), depth + 1)
             place = self.place(event)
-            if key.text is None:
+            if key.text is not None and len(key.text) > MAX_KEY:
+                self.mistakes.append(Mistake(place, f"a key is longer than {MAX_KEY} characters"))
+            elif key.text is None:
                 self.mistakes.append(Mistake(place, "a key is text, not a list or a mapping"))
             elif not isinstance(key.value, str):
                 self.mistakes.append(Mistake(place, f"the key {key.text} is not text", f'quote it: "{key.text}"'))
