@@ -51,7 +51,7 @@ class Attempt:
         return self.root / "errors" / f"rank-{rank}.json"
 
     def errors(self) -> list[dict[str, Any]]:
-        """All ranks' error files that can be read, the cause first: by time, but Horovod's "a peer is gone" comes last."""
+        """All readable error files, the cause first: by time, but Horovod's "a peer is gone" comes last."""
         found = [_read_object(path) for path in sorted((self.root / "errors").glob("rank-*.json"))]
         return sorted((error for error in found if error), key=_precedence)
 
