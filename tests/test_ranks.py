@@ -2,6 +2,12 @@
 
 from __future__ import annotations
 
+import functools
+import json
+import tempfile
+from pathlib import Path
+
+import numpy as np
 import pytest
 from support import needs_mpirun, ranks
 
@@ -14,18 +20,50 @@ CASES = [
     ("horovodrun-gloo", 2, "gloo"),
     ("horovodrun-gloo", 4, "gloo"),
 ]
+TRAINED = ("linear", "digits", "charlm", "rnn", "word2vec")
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("ranks")
+
+
+@functools.cache
+def contract(launcher: str, count: int, controller: str, folder: Path) -> str | None:
+    """Run all contract tests once; None when they pass, else what was printed."""
+    out = Path(tempfile.mkdtemp(dir=folder))
+    done = ranks(
+        count,
+        ["-m", "pytest", "-q", "-p", "no:cacheprovider", "--timeout=200", "tests/ranks"],
+        launcher=launcher,
+        env={"HARNESS_RANKS": str(count), "HARNESS_CONTROLLER": controller, "HARNESS_OUT": str(out)},
+        timeout=600,
+    )
+    complete = all(f"rank {rank} of {count}: " in done.stdout for rank in range(count))
+    for curve in out.glob("curve-*.json"):
+        curve.replace(folder / f"{launcher}-{curve.name}")
+    return None if done.returncode == 0 and complete else done.stdout[-6000:] + done.stderr[-6000:]
 
 
 @needs_mpirun
 @pytest.mark.mpi
+@pytest.mark.timeout(600)
 @pytest.mark.parametrize(("launcher", "count", "controller"), CASES)
-def test_contract(launcher: str, count: int, controller: str) -> None:
-    done = ranks(
-        count,
-        ["-m", "pytest", "-q", "-p", "no:cacheprovider", "--timeout=100", "tests/ranks"],
-        launcher=launcher,
-        env={"HARNESS_RANKS": str(count), "HARNESS_CONTROLLER": controller},
-    )
-    assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-4000:]
-    for rank in range(count):
-        assert f"rank {rank} of {count}: " in done.stdout
+def test_contract(launcher: str, count: int, controller: str, folder: Path) -> None:
+    failure = contract(launcher, count, controller, folder)
+    assert failure is None, failure
+
+
+@needs_mpirun
+@pytest.mark.mpi
+@pytest.mark.timeout(1200)
+@pytest.mark.parametrize("task", TRAINED)
+def test_loss_curves_do_not_depend_on_the_number_of_ranks(task: str, folder: Path) -> None:
+    """Losses of all steps and evaluations; what differs is the order of float additions."""
+    for count in (1, 2, 4):
+        assert contract("mpirun", count, "mpi", folder) is None
+    one, two, four = (json.loads((folder / f"mpirun-curve-{task}-{count}.json").read_text()) for count in (1, 2, 4))
+    assert len(one) == 10
+    np.testing.assert_allclose(two, one, rtol=1e-4)
+    np.testing.assert_allclose(four, one, rtol=1e-4)
+    assert one[7] < one[0]
