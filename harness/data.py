@@ -266,11 +266,12 @@ def _load(dataset: Any, requests: Iterator[_Request], workers: int, prefetch: in
                 batch = next(batches)
             except StopIteration:
                 return
-            except RuntimeError as error:
+            except Exception as error:
                 if workers == 0:
                     raise
+                # the data set's own errors come as a _Failure: this is about the process or the pipe to it
                 raise Unavailable(
-                    f"a loader process ended: {error}",
+                    f"a loader process ended: {error or type(error).__name__}",
                     hint="it was killed, perhaps for memory, or could not import the task; what it said is above."
                     " data.workers=0 loads in the training process",
                 ) from error

@@ -21,7 +21,7 @@ SKIPPED = (
     *("site-packages", "dist-packages", "test", "idle_test", "lib-dynload", "__pycache__", "_bundled"),
     *("encodings", "pydoc_data", "config-", "lib2to3"),
 )
-"""Beginnings of the names of folders of the standard library that are left out: what others installed, tests, tables."""
+"""Folders of the standard library whose names begin so are left out: installed packages, tests, generated tables."""
 COMMENT = re.compile(rb"^[ \t]*#+[ \t!]*(.+)$", re.MULTILINE)
 
 
