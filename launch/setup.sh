@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
-# Makes .venv in this checkout, with Horovod and a parallel h5py built for the MPI and HDF5 of this machine.
-# The one place that does set-up: quickstart.sh and test.sh call it. Run it again at any time: it goes on where it stopped, and
-# returns at once when there is nothing to do.
+# Makes .venv in this checkout, with Horovod and a parallel h5py built for the MPI and the HDF5 of this machine.
+# The one place that does set-up; quickstart.sh and test.sh call it. Run it at any time: it goes on where an earlier run
+# stopped, and returns at once when there is nothing to do.
 set -euo pipefail
 
 here=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd -P)
@@ -9,156 +9,95 @@ root=$(dirname "$here")
 state=$root/.setup
 log=$state/setup.log
 venv_python=$root/.venv/bin/python
-# shellcheck source=launch/wheels.sh
+
+say() { printf '%s\n' "$*"; }
+
+# shellcheck source-path=SCRIPTDIR source=system.sh
+source "$here/system.sh"
+# shellcheck source-path=SCRIPTDIR source=wheels.sh
 source "$here/wheels.sh"
 
 usage() {
     cat <<'TEXT'
 Usage: bash launch/setup.sh [--cpu | --gpu] [--no-system] [--python PATH]
 
-Makes .venv beside this folder: torch, mpi4py, Horovod and a parallel h5py, and this project itself.
+Makes .venv in this checkout: torch, mpi4py, Horovod, a parallel h5py, and this project itself. As root, or with sudo, it
+first installs what is missing on Debian and Ubuntu; elsewhere it says what is missing and how to get it.
 
   --cpu          build Horovod without CUDA
   --gpu          build Horovod with CUDA and NCCL
-                 (default: as the last time; at first, --gpu when both nvcc and a working nvidia-smi are here)
-  --no-system    never install system packages, also not as root; say what is missing instead
-  --python PATH  the Python (>= 3.10) to make .venv from
+                 (neither: as the last time; the first time, --gpu where a CUDA toolkit and a GPU are found)
+  --no-system    do not install system packages
+  --python PATH  the Python (3.10 or newer) to make .venv from
   --help         this text
 
-Environment:
-  HARNESS_PIP_ARGS   extra arguments for every "pip install", for example to choose where torch comes from
-                     (pip's own variables and configuration files work as well)
-  HARNESS_WHEELHOUSE where the built wheels are kept (default: ~/.cache/harness/wheels)
-  MPICC, HDF5_DIR    the MPI compiler and the parallel HDF5 to use, when not those on PATH
-  HOROVOD_*          passed on to Horovod's build
+Environment variables:
+  MPICC, HDF5_DIR     the MPI compiler and the folder of the parallel HDF5, where those on PATH are not the right ones
+  CUDA_HOME           the CUDA toolkit
+  HARNESS_PIP_ARGS    more arguments for pip, for example to choose where torch comes from: on x86 the ordinary one brings
+                      some GB of CUDA libraries (pip's own variables and configuration files count as well)
+  HARNESS_WHEELHOUSE  where the wheels built here are kept (~/.cache/harness/wheels)
+  HOROVOD_...         passed on to Horovod's build
 
-Everything it does is logged in .setup/setup.log. "rm -rf .venv .setup" starts over.
+Exit codes: 0 ready; 64 wrong usage; 69 something is missing; 1 a step failed (the log is .setup/setup.log).
+The folders .venv and .setup belong to this script; "rm -rf .venv .setup" starts over.
 TEXT
-}
-
-say() { printf '%s\n' "$*"; }
-
-# ---- what is there ---------------------------------------------------------------------------------------------------
-
-find_python() {
-    local candidate
-    for candidate in ${python_option:+"$python_option"} $(sed -n '1p' "$root/.venv/.made-from" 2>/dev/null) \
-        python3 python3.13 python3.12 python3.11 python3.10 /usr/bin/python3; do
-        if "$candidate" - 2>/dev/null <<'PY'
-import ensurepip, os, sys, sysconfig, venv
-sys.exit(not (sys.version_info >= (3, 10) and os.path.exists(os.path.join(sysconfig.get_path("include"), "Python.h"))))
-PY
-        then
-            "$candidate" -c 'import os, sys; print(os.path.realpath(sys.executable))'
-            return
-        fi
-    done
-    return 1
-}
-
-# find_hdf5: the folder of a parallel HDF5, from HDF5_DIR, h5pcc, or where Debian keeps it.
-find_hdf5() {
-    local folder h5pcc
-    if [[ -n ${HDF5_DIR-} ]]; then
-        parallel_hdf5 "$HDF5_DIR" && echo "$HDF5_DIR"
-        return
-    fi
-    if h5pcc=$(command -v h5pcc); then
-        for folder in "$("$h5pcc" -showconfig 2>/dev/null | sed -n 's/^ *Installation point: *//p')" \
-            "$(dirname "$(dirname "$(realpath "$h5pcc")")")"; do
-            parallel_hdf5 "$folder" && echo "$folder" && return
-        done
-    fi
-    for folder in /usr/lib/*/hdf5/openmpi /usr/lib/*/hdf5/mpich; do
-        parallel_hdf5 "$folder" && echo "$folder" && return
-    done
-    return 1
-}
-
-parallel_hdf5() { [[ -d $1/include ]] && grep -qsE '^#define H5_HAVE_PARALLEL 1' "$1"/include/H5pubconf*.h; }
-
-find_cmake() {
-    local version
-    version=$(cmake --version 2>/dev/null | sed -n '1s/[^0-9]*\([0-9.]*\).*/\1/p')
-    [[ -n $version ]] && printf '3.21\n%s\n' "$version" | sort -V -C
-}
-
-# missing_things: one line per missing thing, "what|apt|dnf|conda|module".
-missing_things() {
-    command -v g++ >/dev/null || say 'a C++ compiler (g++)|build-essential|gcc-c++|cxx-compiler|gcc'
-    command -v make >/dev/null || say 'make|make|make|make|'
-    find_cmake || say 'CMake 3.21 or newer|cmake|cmake|cmake|cmake'
-    find_python >/dev/null ||
-        say 'Python 3.10 or newer with venv and headers|python3-venv python3-dev|python3.11 python3.11-devel|python|python'
-    command -v "${MPICC:-mpicc}" >/dev/null || say 'MPI (mpicc)|libopenmpi-dev openmpi-bin|openmpi-devel|openmpi-mpicxx|openmpi'
-    find_hdf5 >/dev/null ||
-        say 'HDF5 built for MPI (h5pcc, or HDF5_DIR)|libhdf5-openmpi-dev hdf5-tools|hdf5-openmpi-devel|hdf5=*=mpi_openmpi_*|hdf5-parallel'
-}
-
-column() { cut -d'|' -f"$1" | tr '\n' ' ' | sed 's/  */ /g; s/ $//'; }
-
-report_missing() {
-    say "Missing on this machine:"
-    cut -d'|' -f1 <<<"$1" | sed 's/^/  - /'
-    say "Any one of these brings them:"
-    say "  apt:     sudo apt-get install $(column 2 <<<"$1")"
-    say "  dnf:     sudo dnf install $(column 3 <<<"$1")"
-    say "  conda:   conda install -c conda-forge $(column 4 <<<"$1")"
-    say "  modules: module load $(column 5 <<<"$1")      (\"module avail\" shows your site's names)"
-    say "Then run this again."
-}
-
-install_system_packages() {
-    local packages
-    read -r -a packages <<<"$1"
-    export DEBIAN_FRONTEND=noninteractive
-    # an earlier run may have been killed between unpacking and configuring
-    $sudo dpkg --configure -a
-    $sudo apt-get -o DPkg::Lock::Timeout=600 update
-    $sudo apt-get -o DPkg::Lock::Timeout=600 install -y --no-install-recommends "${packages[@]}"
 }
 
 # ---- steps -----------------------------------------------------------------------------------------------------------
 
-# step TITLE COMMAND...: runs COMMAND with its output in the log; a failure ends the set-up with the log's last lines.
+# step TITLE HINT COMMAND...: runs COMMAND with its output in the log. A failure ends the set-up with the log's last lines.
 step() {
-    local title=$1 began=$SECONDS status
-    shift
-    number=$((number + 1))
-    printf '[%d/%d] %s ...' "$number" "$steps" "$title"
+    local title="[$((++number))/$steps] $1" hint=$2 began=$SECONDS status=0
+    shift 2
     printf '\n==== %s\n' "$title" >>"$log"
-    set +e
+    printf '%s ...' "$title"
+    set -m # a process group of its own, so that an interrupt ends all of it
     (
         set -e
         "$@"
-    ) >>"$log" 2>&1 </dev/null
-    status=$?
-    set -e
+    ) </dev/null >>"$log" 2>&1 &
+    job=$!
+    set +m
+    while kill -0 "$job" 2>/dev/null; do
+        [[ ! -t 1 ]] || printf '\r%s ... %d s ' "$title" $((SECONDS - began))
+        sleep 0.2
+    done
+    wait "$job" || status=$?
+    job=
+    [[ ! -t 1 ]] || printf '\r%s ...' "$title"
     if ((status != 0)); then
-        printf ' FAILED after %d s\n\n' $((SECONDS - began))
+        printf ' FAILED after %d s. The last lines of %s:\n\n' $((SECONDS - began)) "$log"
         tail -n 25 "$log" | sed 's/^/    /'
-        say ""
-        say "The whole log: $log"
-        say "Nothing is lost: mend the cause and run the same command again."
-        exit "$status"
+        printf '\n%s\nWhat is done stays done: the same command goes on from this step.\n' "$hint"
+        exit 1
     fi
     printf ' %d s\n' $((SECONDS - began))
 }
 
+interrupted() {
+    trap '' INT TERM HUP
+    if [[ -n $job ]]; then
+        kill -TERM -- "-$job" 2>/dev/null || true
+        wait "$job" 2>/dev/null || true
+    fi
+    printf '\nInterrupted. What is done stays done: the same command goes on from here.\n'
+    exit 130
+}
+
+# make_venv: .made-from is written last; a .venv without it, or with other content, is half made, made from another Python,
+# or moved here from elsewhere.
 make_venv() {
-    local made="$python
-$("$python" -VV)
-$root"
-    if [[ $(cat "$root/.venv/.made-from" 2>/dev/null) != "$made" ]]; then
-        # half made, or made from another Python, or moved from elsewhere
-        rm -rf "$state/old-venv"
-        [[ ! -e $root/.venv ]] || mv "$root/.venv" "$state/old-venv"
-        rm -rf "$state/old-venv"
+    local made_from
+    made_from=$(printf '%s\n' "$python" "$("$python" -VV)" "$root")
+    if [[ $(cat "$root/.venv/.made-from" 2>/dev/null) != "$made_from" ]]; then
+        rm -rf "$root/.venv"
         "$python" -m venv "$root/.venv"
-        echo "$made" >"$root/.venv/.made-from"
+        echo "$made_from" >"$root/.venv/.made-from"
     fi
 }
 
+# requirements: all of setup.cfg's, but not the two that are built here
 requirements() {
     "$venv_python" - "$root/setup.cfg" <<'PY'
 import configparser, re, sys
@@ -166,106 +105,202 @@ config = configparser.ConfigParser()
 config.read(sys.argv[1])
 lists = [config["options"]["install_requires"], *config["options.extras_require"].values()]
 for line in (line.strip() for text in lists for line in text.splitlines()):
-    name = re.match(r"[\w.-]*", line)[0].lower()
-    if name and name not in ("horovod", "h5py", "harness"):
+    if line and not line.startswith("#") and re.match(r"[\w.-]+", line)[0] not in ("horovod", "h5py", "harness"):
         print(line)
 PY
 }
 
 install_packages() {
-    local list
     requirements >"$state/requirements.txt"
-    # the second line is what Horovod's and h5py's builds need beside them
-    "$venv_python" -m pip install $pip_args -c "$here/constraints.txt" -r "$state/requirements.txt" \
+    # The last line is what the builds need. pip would compile the .pyc files on one core; compileall takes them all.
+    "$venv_python" -m pip install "${pip_args[@]}" --no-compile -c "$here/constraints.txt" -r "$state/requirements.txt" \
         pip setuptools wheel packaging cffi cython pkgconfig
+    "$venv_python" -m compileall -q -j 0 "$root/.venv/lib" || true # some packages carry files for other Pythons
 }
 
+# fit_mpi4py: its wheel brings no MPI and looks for one when it is imported. Where that is not the one behind mpicc, it is
+# built for that one.
+fit_mpi4py() {
+    [[ $("$venv_python" -c 'from mpi4py import MPI; print(MPI.Get_library_version())') != "$mpi" ]] || return 0
+    into_wheelhouse "$(mpi4py_folder)" build_mpi4py
+    install_wheel "$(mpi4py_folder)"
+}
+
+# Both at once: h5py's build has one thread, Horovod's as many as there are cores.
 build_wheels() {
-    local failed=0 h5py_job
+    local h5py_build status=0
     into_wheelhouse "$(h5py_folder)" build_h5py &
-    h5py_job=$!
-    into_wheelhouse "$(horovod_folder)" build_horovod || failed=1
-    wait "$h5py_job" || failed=1
-    return "$failed"
+    h5py_build=$!
+    (
+        set -e
+        into_wheelhouse "$(horovod_folder)" build_horovod
+    ) &
+    wait $! || status=1
+    wait "$h5py_build" || status=1
+    return "$status"
 }
 
-install_wheels() {
-    "$venv_python" -m pip install --no-index --no-deps --force-reinstall --no-cache-dir \
-        "$(horovod_folder)"/*.whl "$(h5py_folder)"/*.whl
+# install_wheel FOLDER: unless it is what is installed already
+install_wheel() {
+    local wheel name
+    wheel=$(wheel_in "$1")
+    name=$(basename "$wheel")
+    grep -qsF "$1/" "$root"/.venv/lib/python*/site-packages/"${name%%-*}"-*.dist-info/direct_url.json ||
+        "$venv_python" -m pip install --no-index --no-deps --no-cache-dir --force-reinstall "$wheel"
+}
+
+install_project() {
+    install_wheel "$(horovod_folder)"
+    install_wheel "$(h5py_folder)"
     "$venv_python" -m pip install --no-index --no-deps --no-build-isolation -e "$root"
 }
 
 check_environment() {
     "$venv_python" -m pip check
-    "$venv_python" - <<'PY'
+    "$venv_python" - "$mode" <<'PY'
+import re, sys
+import torch
 from mpi4py import MPI
-import h5py, torch
+import h5py
 import horovod.torch as hvd
-assert h5py.get_config().mpi, "h5py was built without MPI"
-assert hvd.mpi_built() and hvd.gloo_built(), "Horovod lacks its MPI or its Gloo controller"
 import harness, launch
+
+libraries = set(re.findall(r"/\S*/libmpi(?:_cray|ch)?\.so\S*", open("/proc/self/maps").read()))
+for good, complaint in (
+    (h5py.get_config().mpi, "h5py was built without MPI"),
+    (hvd.mpi_built(), "Horovod was built without its MPI controller"),
+    (hvd.gloo_built(), "Horovod was built without its Gloo controller"),
+    (sys.argv[1] == "cpu" or hvd.nccl_built(), "Horovod was built without NCCL"),
+    (len(libraries) <= 1, f"more than one MPI in one process: {', '.join(sorted(libraries))}"),
+):
+    if not good:
+        sys.exit(complaint)
 print("torch", torch.__version__, "|", MPI.Get_library_version().split(",")[0], "| HDF5", h5py.version.hdf5_version)
 PY
 }
 
-mpi_version() { { mpirun --version || mpiexec --version || mpichversion; } 2>/dev/null | head -n 2 | tr '\n' ' '; }
-hdf5_version() { sed -n 's/^#define H5_VERSION "\(.*\)"/\1/p' "$1"/include/H5pubconf*.h | head -n 1; }
+# ---- main ------------------------------------------------------------------------------------------------------------
 
+# fingerprint: all that a finished set-up depends on
 fingerprint() {
     {
-        cat "$here/setup.sh" "$here/wheels.sh" "$here/horovod-cxx17.cmake" "$here/constraints.txt" "$root/setup.cfg"
-        cat "$root/.venv/.made-from"
+        cat "$here"/{setup.sh,system.sh,wheels.sh,horovod-cxx17.cmake,constraints.txt} "$root/setup.cfg" \
+            "$root/.venv/.made-from" "$state/mode"
         "$venv_python" -VV
+        command -v "$mpicc"
         mpi_version
-        say "$mode"
-    } 2>/dev/null | sha256sum | cut -d' ' -f1
+        say "${HDF5_DIR-}"
+    } 2>/dev/null | sha256sum
+}
+
+parse() {
+    python_option='' mode_option='' system=yes
+    while (($#)); do
+        case $1 in
+        --cpu | --gpu) mode_option=${1#--} ;;
+        --no-system) system=no ;;
+        --python) python_option=${2-} && shift ;;
+        --help) usage && exit 0 ;;
+        *) usage >&2 && exit 64 ;;
+        esac
+        shift || { usage >&2 && exit 64; }
+    done
+}
+
+# is_ready: the set-up is finished, and was made as it is asked for now
+is_ready() {
+    [[ -e $state/stamp && $(<"$state/stamp") == "$(fingerprint)" ]] || return 1
+    [[ -z $mode_option || $mode_option == "$(<"$state/mode")" ]] || return 1
+    [[ -z $python_option || $python_option -ef $(head -n 1 "$root/.venv/.made-from") ]]
+}
+
+require_system() {
+    local wrong missing packages
+    wrong=$(wrong_choices)
+    missing=$(missing_things)
+    if [[ -z $wrong && ( -n $missing || -e $state/apt ) ]] && may_install "$missing"; then
+        read -r -a packages <<<"$(column 2 "$missing")"
+        steps=$((steps + 1))
+        step "System packages: ${packages[*]:-finishing an interrupted installation}" \
+            "Is the package mirror of this machine reachable? \"sudo apt-get update\" tells." \
+            install_system_packages "${packages[@]}"
+        missing=$(missing_things)
+    fi
+    if [[ -n $wrong || -n $missing ]]; then
+        [[ -z $wrong ]] || say "$wrong" >&2
+        [[ -z $missing ]] || report_missing "$missing" >&2
+        exit 69
+    fi
+}
+
+choose_mode() {
+    if [[ -n $mode_option ]]; then
+        mode=$mode_option
+    elif [[ -e $state/mode ]]; then
+        mode=$(<"$state/mode")
+    elif has_gpu; then
+        mode=gpu
+    else
+        mode=cpu
+    fi
+    if [[ $mode == gpu ]] && ! "$venv_python" -c 'import sys, torch; sys.exit(torch.version.cuda is None)'; then
+        if [[ $mode_option == gpu ]]; then
+            say "--gpu: the torch in .venv is a CPU build. Let pip find a CUDA build (HARNESS_PIP_ARGS), \"rm -rf .venv\", again." >&2
+            exit 69
+        fi
+        say "The torch installed here is a CPU build, so Horovod is built without CUDA."
+        mode=cpu
+    fi
+    echo "$mode" >"$state/mode"
 }
 
 main() {
-    local missing number=0 steps=5 sudo=
-    python_option='' mode='' system=yes
-    while (($#)); do
-        case $1 in
-        --cpu | --gpu) mode=${1#--} ;;
-        --no-system) system=no ;;
-        --python) python_option=${2:?--python needs a path} && shift ;;
-        --help | -h) usage && exit 0 ;;
-        *) usage >&2 && exit 64 ;;
-        esac
-        shift
-    done
-    pip_args=${HARNESS_PIP_ARGS-}
-    mode=cpu
-    mkdir -p "$state"
-    if [[ -e $state/stamp && $(cat "$state/stamp") == "$(fingerprint)" ]]; then
+    local began=$SECONDS number=0 steps=5 job='' python mode mpi hdf5 about
+    parse "$@"
+    if is_ready; then
         return
     fi
+    # packages of a loaded environment module must not stand in for those of .venv
+    unset PYTHONPATH PYTHONHOME PIP_USER PIP_TARGET PIP_PREFIX PIP_REQUIRE_VIRTUALENV
+    export PYTHONNOUSERSITE=1 PIP_DISABLE_PIP_VERSION_CHECK=1
+    read -r -a pip_args <<<"${HARNESS_PIP_ARGS-}"
+
+    mkdir -p "$state"
+    # The steps inherit the lock: after a "kill -9" it is free when what was left running has ended.
     exec 9>"$state/lock"
     if ! flock -n 9; then
-        say "Another set-up is at work in this folder; waiting for it."
-        flock 9
-    fi
-    : >"$log"
-    missing=$(missing_things)
-    if [[ -n $missing ]]; then
-        if [[ $system == no ]] || ! command -v apt-get >/dev/null || { ((EUID != 0)) && ! sudo -n true; }; then
-            report_missing "$missing" >&2
-            exit 69
+        say "Another set-up is at work in this checkout; waiting for it to end."
+        flock 9 || true
+        if is_ready; then
+            return
         fi
-        ((EUID == 0)) || sudo=sudo
-        steps=6
-        step "System packages: $(column 2 <<<"$missing")" install_system_packages "$(column 2 <<<"$missing")"
     fi
+    trap interrupted INT TERM HUP
+    date >"$log"
+    rm -f "$state/stamp"
+    say "Setting up $root/.venv (details: .setup/setup.log)"
+
+    require_system
     python=$(find_python)
-    hdf5_dir=$(find_hdf5)
-    hdf5_version=$(hdf5_version "$hdf5_dir")
-    mpi_version=$(mpi_version)
-    step "Virtual environment .venv" make_venv
-    step "torch, mpi4py and the other Python packages (1-5 min)" install_packages
-    step "Horovod $horovod_version and parallel h5py $h5py_version (5-8 min the first time)" build_wheels
-    step "Installing both, and harness" install_wheels
-    step "Checking" check_environment
+    hdf5=$(find_hdf5)
+    step "Virtual environment from $python" "Remove .venv and try again, or choose another Python with --python." make_venv
+    step "torch, mpi4py and the other Python packages, 1-5 minutes" \
+        "Does pip reach its package index from here? See HARNESS_PIP_ARGS in \"bash launch/setup.sh --help\"." install_packages
+    mpi=$(mpi_library 2>>"$log") || mpi=$(mpi_version)
+    choose_mode
+    about='from the wheelhouse'
+    { wheel_in "$(horovod_folder)" && wheel_in "$(h5py_folder)"; } >/dev/null || about='building, about 8 core-minutes'
+    step "Horovod $(pinned horovod) ($mode) and parallel h5py $(pinned h5py): $about" \
+        "Search the log for the first \"error\". A library or header that is missing may need \"module load\"." build_all
+    step "Installing them and harness" "Is the disk full?" install_project
+    step "Checking" "\"rm -rf .venv .setup\" starts over; wheels that are at fault are in $wheelhouse." check_environment
     fingerprint >"$state/stamp"
+    say "Ready after $((SECONDS - began)) s."
+}
+
+build_all() {
+    fit_mpi4py
+    build_wheels
 }
 
 if [[ ${BASH_SOURCE[0]} == "$0" ]]; then
