@@ -95,7 +95,7 @@ def file(folder: Path) -> dict[str, Any]:
         return {"skipped": "h5py has no MPI"}
     if not world.allreduce(int(folder.is_dir() and os.access(folder, os.W_OK)), MPI.MIN):
         raise OSError(f"{folder} cannot be written by every rank")
-    path = folder / "probe.h5"
+    path = folder / f"probe-{world.bcast(os.getpid())}.h5"  # ranks that share no world must not share the file
     rows, columns = world.size, 4096
     with h5py.File(path, "w", driver="mpio", comm=world, locking=False) as out:
         out.create_dataset("x", (rows, columns), dtype="i8")[world.rank] = numpy.arange(columns) + world.rank
@@ -107,7 +107,7 @@ def file(folder: Path) -> dict[str, Any]:
         path.unlink()
     if not world.allreduce(int(right), MPI.MIN):
         raise OSError("what was read back is not what was written")
-    return {"bytes": rows * columns * 8}
+    return {"ranks": rows, "bytes": rows * columns * 8}
 
 
 def torch() -> dict[str, Any]:

@@ -54,7 +54,7 @@ def check(options: Options, environ: Mapping[str, str] = os.environ) -> list[Fin
         findings.append(Finding("ranks and cores", "ok", "; ".join(plan.notes)))
     with _folder(options.run_dir) as folder:
         probe = run_probe(plan, folder, options.timeout, environ)
-    found = list(compare(probe, plan.mpi, plan.job.ranks, options.timeout))
+    found = list(compare(probe, plan.mpi, plan.job.ranks, options.timeout, gloo=plan.job.gloo))
     findings += found
     if not any(rank.facts.get("mpi") for rank in probe.ranks):
         findings += _alone(options, environ)

@@ -118,6 +118,8 @@ def check(
     from launch.check import check as check_all
     from launch.show import findings
 
+    if sys.stderr.isatty() and not json:
+        _tell(f"looking at this machine and starting {ranks} ranks, which takes some seconds ...")
     found = check_all(Options(run_dir, ranks, launcher or "auto", timeout))
     return findings(found, as_json=json)
 

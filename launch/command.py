@@ -115,6 +115,7 @@ def build(job: Job, mpi: Mpi | None) -> Command:
 
 def _openmpi(job: Job, mpi: Mpi, env: dict[str, str]) -> list[str]:
     argv = [mpi.path]
+    prrte = mpi.family == "openmpi" and mpi.major >= 5  # its launcher is another program than that of 4
     if job.root:
         argv += ["--allow-run-as-root"]
     argv += ["-np", str(job.ranks), "-H", show(job.hosts)]
@@ -122,24 +123,24 @@ def _openmpi(job: Job, mpi: Mpi, env: dict[str, str]) -> list[str]:
         argv += ["-bind-to", "socket", "-map-by", "socket", "-rank-by", "core"]
     else:
         # slot: fill a host before the next, and allow nodes whose NUMA layouts differ
-        over = ":OVERSUBSCRIBE" if job.oversubscribed and mpi.major >= 5 else ""
+        over = ":OVERSUBSCRIBE" if job.oversubscribed and prrte else ""
         argv += ["--bind-to", job.bind, "--map-by", f"slot{over}"]
-    if job.oversubscribed and mpi.major < 5:
+    if job.oversubscribed and not prrte:
         argv += ["--oversubscribe"]
-    if mpi.family == "openmpi" and mpi.major < 5 and not mpi.ucx:
+    if mpi.family == "openmpi" and not prrte and not mpi.ucx:
         argv += ["--mca", "pml", "ob1", "--mca", "btl", "^openib"]  # openib crashes with Horovod's threads
     if job.interfaces is not None:
         argv += ["--mca", "btl_tcp_if_include", job.interfaces]
-        argv += ["--mca", "oob_tcp_if_include", job.interfaces] if mpi.major < 5 else []
+        argv += ["--mca", "oob_tcp_if_include", job.interfaces] if not prrte else []
     elif job.remote:
         argv += ["--mca", "btl_tcp_if_exclude", ",".join(EXCLUDED_INTERFACES)]
-        argv += ["--mca", "oob_tcp_if_exclude", ",".join(EXCLUDED_INTERFACES)] if mpi.major < 5 else []
+        argv += ["--mca", "oob_tcp_if_exclude", ",".join(EXCLUDED_INTERFACES)] if not prrte else []
     if len(job.hosts) >= MANY_HOSTS:
-        tree, concurrent = ("--mca", "plm_rsh") if mpi.major < 5 else ("--prtemca", "plm_ssh")
+        tree, concurrent = ("--mca", "plm_rsh") if not prrte else ("--prtemca", "plm_ssh")
         argv += [tree, f"{concurrent}_no_tree_spawn", "true", tree, f"{concurrent}_num_concurrent", str(len(job.hosts))]
     if job.remote:
         for name in _exported(job, env):
-            if not name.startswith("OMPI_MCA_"):  # those travel by themselves, and -x refuses them
+            if not name.startswith("OMPI_MCA_"):  # those travel by themselves
                 argv += ["-x", name]
     return argv
 
@@ -233,10 +234,17 @@ def _exported(job: Job, env: Iterable[str]) -> list[str]:
 
 
 def _rows(words: Iterable[str]) -> list[str]:
-    rows = [""]
+    """Words filled into rows; a row ends before an option, so that an option and its values stay together."""
+    units: list[str] = []
     for word in words:
-        if rows[-1] and len(rows[-1]) + len(word) > 100:
-            rows.append(word)
+        if units and not word.startswith("-") and units[-1].startswith("-"):
+            units[-1] += f" {word}"
         else:
-            rows[-1] = f"{rows[-1]} {word}".lstrip()
+            units.append(word)
+    rows = [""]
+    for unit in units:
+        if rows[-1] and len(rows[-1]) + len(unit) > 110:
+            rows.append(unit)
+        else:
+            rows[-1] = f"{rows[-1]} {unit}".lstrip()
     return rows

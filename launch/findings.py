@@ -39,8 +39,8 @@ class Finding:
     fix: str = ""
 
 
-def compare(probe: Probe, mpi: Mpi | None, wanted: int, timeout: float) -> Iterator[Finding]:
-    """What the ranks' words mean."""
+def compare(probe: Probe, mpi: Mpi | None, wanted: int, timeout: float, *, gloo: bool = False) -> Iterator[Finding]:
+    """What the ranks' words mean. `gloo`: they were started without MPI between them, on purpose."""
     last = [line for line in probe.output.splitlines() if line.strip(" -=")][-3:]
     stuck = sorted({rank.doing for rank in probe.ranks if rank.doing})
     where = f" in {', '.join(STEPS.get(step, step) for step in stuck)}" if stuck else " before any rank spoke"
@@ -55,14 +55,14 @@ def compare(probe: Probe, mpi: Mpi | None, wanted: int, timeout: float) -> Itera
         yield Finding("ranks", "FAIL", f"ranks crashed (code {probe.returncode}){where}: {' '.join(last)}", MIXED)
     if not probe.ranks:
         return
-    yield from _world(probe, mpi, wanted)
+    yield from _world(probe, mpi, wanted, gloo)
     yield from _versions(probe)
     yield from _files(probe)
     yield from _horovod(probe, wanted)
     yield from _gpus(probe)
 
 
-def _world(probe: Probe, mpi: Mpi | None, wanted: int) -> Iterator[Finding]:
+def _world(probe: Probe, mpi: Mpi | None, wanted: int, gloo: bool) -> Iterator[Finding]:
     for rank in probe.ranks:
         if "mpi" in rank.failed:
             yield Finding("MPI", "FAIL", rank.failed["mpi"], MIXED)
@@ -78,6 +78,8 @@ def _world(probe: Probe, mpi: Mpi | None, wanted: int) -> Iterator[Finding]:
     sizes = sorted({rank.get("mpi", "size") for rank in said})
     if sizes == [wanted] and len(said) == wanted and all(rank.get("mpi", "sum_right") for rank in said):
         yield Finding("COMM_WORLD", "ok", f"{wanted} ranks share it and add up right")
+    elif sizes == [1] and gloo:
+        yield Finding("COMM_WORLD", "ok", "not used: the ranks talk through Gloo, checkpoints take the direct engine")
     elif sizes == [1] and wanted > 1:
         starter = str(mpi) if mpi else "the launcher"
         text = f"{len(said)} ranks are each alone in a world of one: mpi4py's library is not the one of {starter}"
@@ -131,8 +133,7 @@ def _files(probe: Probe) -> Iterator[Finding]:
             yield Finding("parallel HDF5", "FAIL", rank.failed["file"], "checkpoint.engine=direct, or another folder")
             return
     if all(rank.facts.get("file") for rank in probe.ranks):
-        skipped = probe.ranks[0].get("file", "skipped")
-        count = len(probe.ranks)
+        skipped, count = probe.ranks[0].get("file", "skipped"), probe.ranks[0].get("file", "ranks", 0)
         yield (
             Finding("parallel HDF5", "warn", f"not tried: {skipped}", SETUP)
             if skipped

@@ -34,7 +34,7 @@ _PATTERNS: tuple[tuple[Family, str], ...] = (  # first match counts: Spectrum, I
     ("intel", r"Intel\(R\) MPI Library[^,\n]*, Version ([\d.]+)|Intel\(R\) MPI Library.*?([\d.]+)"),
     ("mvapich", r"MVAPICH\d?\s*[^\d\n]*([\d.]+)"),
     ("openmpi", r"(?:Open ?MPI|OpenRTE|Open MPI)\)?\s*v?([\d.]+)"),
-    ("mpich", r"(?:HYDRA build details:|MPICH)[\s\S]*?Version:?\s+([\d.]+)"),
+    ("mpich", r"(?:HYDRA build details:|MPICH)[\s\S]*?[Vv]ersion:?\s+([\d.]+)"),
     ("mpich", r"\bHYDRA\b|\bMPICH\b|\bmpich\b"),
 )
 

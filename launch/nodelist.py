@@ -133,7 +133,7 @@ def merge(hosts: Iterable[Host]) -> tuple[Host, ...]:
 
 def _split_outside_brackets(text: str) -> Sequence[str]:
     items = re.findall(r"(?:[^,\[\]]|\[[^\[\]]*\])+", text)
-    if ",".join(items) != text:
+    if not items or ",".join(items) != text:
         raise ValueError(f"{shorten(text)!r} is not a nodelist such as n[01-04,7],x")
     return items
 

@@ -89,7 +89,8 @@ def findings(found: Sequence[Finding], *, as_json: bool) -> int:
     """Print the findings of a check; the exit code."""
     failed = sum(finding.state == "FAIL" for finding in found)
     if as_json:
-        print(json.dumps({"ok": not failed, "findings": [asdict(finding) for finding in found]}, indent=1))
+        told = [asdict(finding) | ({"fix": ""} if finding.state == "ok" else {}) for finding in found]
+        print(json.dumps({"ok": not failed, "findings": told}, indent=1))
         return int(Exit.UNAVAILABLE) if failed else 0
     table = Table(box=None, show_header=False, padding=(0, 2, 0, 0))
     table.add_column(no_wrap=True)
