@@ -1,3 +1,45 @@
-"""Checkpoints: global tensors in one ordinary HDF5 file, written by all ranks, readable without any of them."""
+"""Checkpoints: global tensors in one ordinary HDF5 file, written by all ranks, readable without any of them.
+
+    from harness.checkpoint import Manager, State, keep_last, latest, open_checkpoint
+
+    manager = Manager("runs/exp7/checkpoints", keep=keep_last(3))
+    state = State(model=model, optimizer=optimizer, extra={"epoch": 0})
+    step = manager.restore(state) or 0          # newest good one, written by any number of ranks
+    manager.save(step, state)
+
+Importing this needs neither torch, nor MPI, nor Horovod, nor h5py.
+
+A checkpoint is a directory with two files. `manifest.json` says what is where (`manifest`); `data.h5` is an HDF5 file
+with every tensor as a contiguous dataset under its name, and can be read by anything that reads HDF5. To read it
+without HDF5: take a leaf's `offset`, `shape` and `dtype` (little-endian, row-major; `schema`) from the manifest; the
+bytes are there. Digests: `digest`; the order of things in the file: `layout`; how it is committed: `commit`.
+"""
 
 from __future__ import annotations
+
+from harness.checkpoint.comm import Comm, Horovod, Mpi, Single, detect
+from harness.checkpoint.manager import Manager, SaveFailed
+from harness.checkpoint.policy import Keep, keep_all, keep_best, keep_every, keep_last
+from harness.checkpoint.reader import Checkpoint, open_checkpoint
+from harness.checkpoint.state import State
+from harness.checkpoint.store import Damaged, latest
+
+__all__ = [
+    "Checkpoint",
+    "Comm",
+    "Damaged",
+    "Horovod",
+    "Keep",
+    "Manager",
+    "Mpi",
+    "SaveFailed",
+    "Single",
+    "State",
+    "detect",
+    "keep_all",
+    "keep_best",
+    "keep_every",
+    "keep_last",
+    "latest",
+    "open_checkpoint",
+]

@@ -1,8 +1,8 @@
 """The HDF5 side of a checkpoint file: the metadata at its beginning. The only module here that creates HDF5 objects.
 
 HDF5 makes the metadata once per schema, in a scratch file without data; `place` copies it to the beginning of a new
-file. The rest of the file is bytes at known places (`layout`), which need no HDF5. The result is what HDF5 itself would have
-written, without time stamps, and any HDF5 1.8 or later opens it.
+file. The rest of the file is bytes at known places (`layout`), which need no HDF5. The result is what HDF5 itself would
+have written, without time stamps, and any HDF5 1.8 or later opens it.
 """
 
 from __future__ import annotations

@@ -1,0 +1,84 @@
+"""How a checkpoint comes into being: as a directory that nobody looks at, then by two renames. Rank 0 only.
+
+    begin    <name>.tmp-<uuid>/data.h5, its size and metadata
+    ...      all ranks write; they vote
+    seal     digests, user block, the withheld superblock page; fsync
+    publish  manifest.json: temporary file, fsync, rename, fsync of the directory;
+             the directory's rename; fsync of its parent
+
+Whatever ends the program in between leaves the earlier checkpoints as they were, and a directory that `store.clean`
+removes. Everything here raises OSError.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from pathlib import Path
+
+from harness.checkpoint.digest import Table
+from harness.checkpoint.file import SUPERBLOCK, place, superblock_page, write_all
+from harness.checkpoint.layout import USER_BLOCK, Layout
+from harness.checkpoint.manifest import FORMAT, VERSION
+
+DATA = "data.h5"
+MANIFEST = "manifest.json"
+TEMPORARY = ".tmp-"
+
+
+def begin(temporary: Path, layout: Layout, head: bytes, *, superblock: bool) -> None:
+    """Make the data file in the existing directory `temporary`: full size, HDF5 metadata, holes for the tensors."""
+    descriptor = os.open(temporary / DATA, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o644)
+    try:
+        place(descriptor, layout, head, superblock=superblock)
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def seal(temporary: Path, layout: Layout, head: bytes, table: Table, uuid: str, step: int) -> None:
+    """Complete the data file once all ranks have written their parts."""
+    descriptor = os.open(temporary / DATA, os.O_RDWR | os.O_NOFOLLOW | os.O_CLOEXEC)
+    try:
+        write_all(descriptor, table.astype("<u8").tobytes(), layout.head)
+        write_all(descriptor, user_block(uuid, step), 0)
+        write_all(descriptor, superblock_page(head), SUPERBLOCK[0])
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def publish(temporary: Path, final: Path, manifest: str) -> None:
+    """Make it a checkpoint. `final` must not exist."""
+    path = temporary / MANIFEST
+    descriptor = os.open(f"{path}{TEMPORARY}", os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o644)
+    try:
+        write_all(descriptor, manifest.encode(), 0)
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+    os.rename(f"{path}{TEMPORARY}", path)
+    sync_directory(temporary)
+    os.rename(temporary, final)
+    sync_directory(final.parent)
+
+
+def abandon(temporary: Path) -> None:
+    """Remove what was begun, as far as that works; a later `store.clean` gets the rest."""
+    shutil.rmtree(temporary, ignore_errors=True)
+
+
+def user_block(uuid: str, step: int) -> bytes:
+    """The first 4096 bytes of the data file: one line of JSON that ties it to its manifest, then zeros."""
+    line = json.dumps({"format": FORMAT, "version": VERSION, "uuid": uuid, "step": step}) + "\n"
+    return line.encode().ljust(USER_BLOCK, b"\0")
+
+
+def sync_directory(path: Path) -> None:
+    """Make the directory's entries durable."""
+    descriptor = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

@@ -1,0 +1,205 @@
+"""The commit record of a checkpoint: `manifest.json`. Strictly parsed: every field is checked before anything uses it.
+
+The file is one JSON object whose first line holds nothing but the digest of all that follows the line:
+
+    {"checksum":"<XXH3-128 of the bytes after this line, 32 hex digits>",
+    "format":"harness-checkpoint","version":1,"uuid":...,"step":...,...}
+
+Fields of version 1: `uuid` (also in the data file's user block), `step`, `created` (seconds since 1970), `world` (ranks
+that wrote it), `schema` (`schema.schema_hash`), `file` (sizes and digests, see `layout`), `leaves` (in file order,
+with their offsets), `aliases` (second names of leaves), `state` (JSON by entry), `metrics`, `info` (free).
+A version is read for ever; one that is newer than this program is refused.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from dataclasses import dataclass, field
+from typing import Any, NoReturn
+
+import numpy as np
+import xxhash
+
+from harness.checkpoint.comm import Json
+from harness.checkpoint.layout import PAGE, Layout
+from harness.checkpoint.schema import MAX_BYTES, MAX_LEAVES, Leaf, check_schema, schema_hash
+from harness.errors import DataError
+
+FORMAT = "harness-checkpoint"
+VERSION = 1
+MAX_TEXT = 256 << 20
+_MAX_BLOCK = 1 << 30
+_FIELDS = {"format", "version", "uuid", "step", "created", "world", "schema", "file", "leaves", "aliases", "state"}
+_FIELDS |= {"metrics", "info"}
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """One committed checkpoint. `table` is the root of the block digests, `head` the digest of the HDF5 metadata."""
+
+    uuid: str
+    step: int
+    created: float
+    world: int
+    layout: Layout
+    table: str
+    head: str
+    aliases: dict[str, str] = field(default_factory=dict)
+    state: dict[str, Json] = field(default_factory=dict)
+    metrics: dict[str, Json] = field(default_factory=dict)
+    info: dict[str, Json] = field(default_factory=dict)
+
+
+def render(manifest: Manifest) -> str:
+    """The text of `manifest.json`."""
+    layout = manifest.layout
+    body = json.dumps(
+        {
+            "format": FORMAT,
+            "version": VERSION,
+            "uuid": manifest.uuid,
+            "step": manifest.step,
+            "created": manifest.created,
+            "world": manifest.world,
+            "schema": schema_hash(layout.leaves, manifest.aliases),
+            "file": {
+                "name": "data.h5",
+                "head": layout.head,
+                "data_start": layout.data_start,
+                "data_end": layout.data_end,
+                "block": layout.block,
+                "head_digest": manifest.head,
+                "digests_digest": manifest.table,
+            },
+            "leaves": [
+                {"name": leaf.name, "dtype": leaf.dtype, "shape": leaf.shape, "placement": leaf.placement, "offset": at}
+                for leaf, at in zip(layout.leaves, layout.starts.tolist(), strict=True)
+            ],
+            "aliases": manifest.aliases,
+            "state": manifest.state,
+            "metrics": manifest.metrics,
+            "info": manifest.info,
+        },
+        separators=(",", ":"),
+        allow_nan=False,
+    )
+    rest = body[1:] + "\n"
+    return f'{{"checksum":"{xxhash.xxh3_128_hexdigest(rest.encode())}",\n{rest}'
+
+
+def parse(text: str) -> Manifest:
+    """The manifest behind a text. Raises DataError with what is wrong with it. Costs follow the text's length."""
+    if len(text) > MAX_TEXT:
+        raise DataError(f"it has {len(text)} characters, more than {MAX_TEXT}")
+    first, _, rest = text.partition("\n")
+    found = re.fullmatch(r'\{"checksum":"([0-9a-f]{32})",', first)
+    if found is None:
+        raise DataError("it does not begin with a checksum")
+    if xxhash.xxh3_128_hexdigest(rest.encode("utf-8", "surrogatepass")) != found[1]:
+        raise DataError("it does not match its checksum")
+    try:
+        value = json.loads("{" + rest, object_pairs_hook=_unique, parse_constant=_refuse)
+        return _manifest(value)
+    except (ValueError, TypeError, KeyError, RecursionError, OverflowError) as error:
+        raise DataError(f"it is not as it should be: {type(error).__name__}: {str(error)[:200]}") from error
+
+
+def _manifest(value: dict[str, Any]) -> Manifest:
+    if value.get("format") != FORMAT:
+        raise ValueError(f"its format is not {FORMAT}")
+    version = _integer(value.get("version"), 1, 1 << 31)
+    if version > VERSION:
+        raise NewerVersion(
+            f"it is of format version {version}; this program reads up to {VERSION}", hint="use a newer program"
+        )
+    if set(value) != _FIELDS:
+        raise ValueError(f"unknown or missing fields: {', '.join(sorted(set(value) ^ _FIELDS))[:200]}")
+    for name in ("aliases", "state", "metrics", "info", "file"):
+        if not isinstance(value[name], dict):
+            raise ValueError(f"{name} is not an object")
+    layout = _layout(value["file"], value["leaves"])
+    aliases = _aliases(value["aliases"], layout)
+    if value["schema"] != schema_hash(layout.leaves, aliases):
+        raise ValueError("the schema's hash does not match its leaves")
+    return Manifest(
+        uuid=_hex(value["uuid"], 32),
+        step=_integer(value["step"], 0, 1 << 62),
+        created=float(value["created"]),
+        world=_integer(value["world"], 1, 1 << 31),
+        layout=layout,
+        table=_hex(value["file"]["digests_digest"], 32),
+        head=_hex(value["file"]["head_digest"], 32),
+        aliases=aliases,
+        state=value["state"],
+        metrics=value["metrics"],
+        info=value["info"],
+    )
+
+
+def _layout(file: dict[str, Any], listed: Any) -> Layout:
+    if set(file) != {"name", "head", "data_start", "data_end", "block", "head_digest", "digests_digest"}:
+        raise ValueError("the description of the file has unknown or missing fields")
+    if file["name"] != "data.h5":
+        raise ValueError("the file has another name")
+    if not isinstance(listed, list) or len(listed) > MAX_LEAVES:
+        raise ValueError("the leaves are not a list, or too many")
+    block = _integer(file["block"], PAGE, _MAX_BLOCK)
+    head = _integer(file["head"], 2 * PAGE, MAX_BYTES)
+    data_start = _integer(file["data_start"], head, MAX_BYTES)
+    data_end = _integer(file["data_end"], data_start, MAX_BYTES)
+    leaves = []
+    starts = np.zeros(len(listed), np.int64)
+    for index, item in enumerate(listed):
+        if set(item) != {"name", "dtype", "shape", "placement", "offset"} or not isinstance(item["name"], str):
+            raise ValueError(f"leaf {index} is not described as it should be")
+        if not isinstance(item["shape"], list) or not isinstance(item["dtype"], str):
+            raise ValueError(f"leaf {index} is not described as it should be")
+        shape = tuple(_integer(length, 0, MAX_BYTES) for length in item["shape"])
+        leaves.append(Leaf(item["name"], item["dtype"], shape, item["placement"]))
+        starts[index] = _integer(item["offset"], 0, MAX_BYTES)
+    check_schema(leaves)
+    ends = starts + np.fromiter((leaf.nbytes for leaf in leaves), np.int64, len(leaves))
+    bounds = np.concatenate([[data_start], ends])
+    if np.any(starts < bounds[:-1]) or bounds[-1] > data_end:
+        raise ValueError("leaves overlap or lie outside the file")
+    layout = Layout(tuple(leaves), starts, ends, head, data_start, data_end, block)
+    if layout.block & (layout.block - 1) or layout.blocks * 8 > data_start - head or (data_start - head) % 8:
+        raise ValueError("the blocks do not fit their table of digests")
+    return layout
+
+
+def _aliases(value: dict[str, Any], layout: Layout) -> dict[str, str]:
+    by_name = {leaf.name: leaf for leaf in layout.leaves}
+    if any(not isinstance(target, str) or target not in by_name for target in value.values()):
+        raise ValueError("an alias stands for no leaf")
+    # Second names obey the rules of first ones.
+    check_schema([*layout.leaves, *(Leaf(name, "bool", ()) for name in value)])
+    return value
+
+
+class NewerVersion(DataError):
+    """The checkpoint was written by a newer program."""
+
+
+def _integer(value: Any, least: int, most: int) -> int:
+    if type(value) is not int or not least <= value <= most:
+        raise ValueError(f"{str(value)[:40]} is not an integer from {least} to {most}")
+    return value
+
+
+def _hex(value: Any, digits: int) -> str:
+    if not isinstance(value, str) or not re.fullmatch(f"[0-9a-f]{{{digits}}}", value):
+        raise ValueError(f"{str(value)[:40]!r} is not a number of {digits} hex digits")
+    return value
+
+
+def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    made = dict(pairs)
+    if len(made) != len(pairs):
+        raise ValueError("a key appears twice")
+    return made
+
+
+def _refuse(constant: str) -> NoReturn:
+    raise ValueError(f"{constant} is not JSON")

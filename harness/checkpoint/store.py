@@ -1,0 +1,202 @@
+"""The checkpoints of a directory: which there are, which are good, and which may go.
+
+    step-00001200/          committed: it has a manifest
+    step-00001200-2/        saved again at the same step; the higher number is the newer
+    step-00001300.tmp-.../  being written, or left by a program that ended; `clean` removes it
+    step-00001100/damaged.json   found damaged when it was read; nobody uses it again
+
+Looking at a checkpoint here is quick: the manifest, the file's size and the digests of its metadata. Its data are
+checked when they are read.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+import stat
+import uuid
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import xxhash
+
+from harness.checkpoint.commit import DATA, MANIFEST, TEMPORARY, sync_directory, user_block
+from harness.checkpoint.digest import Table, root
+from harness.checkpoint.file import read_all
+from harness.checkpoint.layout import USER_BLOCK
+from harness.checkpoint.manifest import MAX_TEXT, Manifest, NewerVersion, parse
+from harness.checkpoint.policy import Keep
+from harness.errors import DataError, InputMissing
+
+DAMAGED = "damaged.json"
+_NAME = re.compile(r"step-([0-9]{8,18})(?:-([0-9]{1,9}))?")
+
+
+class Damaged(DataError):
+    """A checkpoint whose bytes are not those that were written, or cannot be read. `proven`: digests differ."""
+
+    def __init__(self, message: str, *, hint: str | None = None, proven: bool = False) -> None:
+        super().__init__(message, hint=hint)
+        self.proven = proven
+
+
+@dataclass(frozen=True, order=True)
+class Stored:
+    """A committed checkpoint. Ordered by age: step, then number of the save at this step."""
+
+    step: int
+    number: int
+    path: Path
+
+
+def listing(directory: Path) -> list[Stored]:
+    """Committed checkpoints that nobody found damaged, oldest first. Looks at names only. Raises OSError."""
+    found = []
+    for path in directory.iterdir() if directory.is_dir() else ():
+        match = _NAME.fullmatch(path.name)
+        if match and not path.is_symlink() and (path / MANIFEST).is_file() and not (path / DAMAGED).exists():
+            found.append(Stored(int(match[1]), int(match[2] or 1), path))
+    return sorted(found)
+
+
+def new_name(directory: Path, step: int) -> str:
+    """The name of the next checkpoint of a step."""
+    taken = [int(match[2] or 1) for path in directory.iterdir() if (match := _NAME.fullmatch(path.name.split(".")[0]))
+             and int(match[1]) == step]  # fmt: skip
+    return f"step-{step:08d}" if not taken else f"step-{step:08d}-{max(taken) + 1}"
+
+
+def latest(directory: str | os.PathLike[str]) -> Path | None:
+    """The newest checkpoint that looks good, None where there is none. Neither torch nor MPI. Raises NewerVersion."""
+    for stored in reversed(listing(Path(directory))):
+        try:
+            check(stored.path)
+        except NewerVersion:
+            raise
+        except DataError:
+            continue
+        return stored.path
+    return None
+
+
+def read_manifest(path: Path) -> tuple[Manifest, str]:
+    """The manifest and its text. Raises Damaged, NewerVersion, InputMissing."""
+    place = path / MANIFEST
+    try:
+        descriptor = os.open(place, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC)
+    except FileNotFoundError:
+        raise InputMissing(f"{path} is no checkpoint: there is no {MANIFEST} in it") from None
+    except OSError as error:
+        raise Damaged(f"{place} cannot be read: {error.strerror}") from error
+    try:
+        size = os.fstat(descriptor).st_size
+        if size > MAX_TEXT:
+            raise Damaged(f"{place} has {size} bytes, which no manifest has")
+        data = bytearray(size)
+        read_all(descriptor, data, 0)
+        text = data.decode()
+        return parse(text), text
+    except (OSError, EOFError, UnicodeDecodeError) as error:
+        raise Damaged(f"{place} cannot be read: {error}") from error
+    except NewerVersion as error:
+        raise NewerVersion(f"{place}: {error.message}", hint=error.hint) from None
+    except Damaged:
+        raise
+    except DataError as error:
+        raise Damaged(f"{place} is damaged: {error.message}", proven=True) from error
+    finally:
+        os.close(descriptor)
+
+
+def open_data(path: Path, manifest: Manifest) -> int:
+    """A descriptor of the data file, after a look at its size. Raises Damaged."""
+    place = path / DATA
+    try:
+        descriptor = os.open(place, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC)
+    except OSError as error:
+        raise Damaged(f"{place} cannot be read: {error.strerror}") from error
+    status = os.fstat(descriptor)
+    if not stat.S_ISREG(status.st_mode) or status.st_size != manifest.layout.data_end:
+        os.close(descriptor)
+        raise Damaged(f"{place} has {status.st_size} bytes, its manifest says {manifest.layout.data_end}", proven=True)
+    return descriptor
+
+
+def read_table(descriptor: int, path: Path, manifest: Manifest) -> Table:
+    """The digests of the blocks, checked. Raises Damaged."""
+    table = np.zeros(manifest.layout.blocks, "<u8")
+    try:
+        read_all(descriptor, table, manifest.layout.head)
+    except (OSError, EOFError) as error:
+        raise Damaged(f"{path / DATA} cannot be read: {error}") from error
+    if root(table) != manifest.table:
+        raise Damaged(f"{path / DATA}: the table of digests is damaged, or belongs to another checkpoint", proven=True)
+    return table
+
+
+def check(path: Path) -> tuple[Manifest, str]:
+    """The manifest (and its text) of a checkpoint that looks good: all but its data is checked. Raises Damaged, ..."""
+    manifest, text = read_manifest(path)
+    descriptor = open_data(path, manifest)
+    try:
+        block = bytearray(USER_BLOCK)
+        read_all(descriptor, block, 0)
+        if block != user_block(manifest.uuid, manifest.step):
+            raise Damaged(f"{path / DATA} belongs to another checkpoint than its manifest", proven=True)
+        head = bytearray(manifest.layout.head - USER_BLOCK)
+        read_all(descriptor, head, USER_BLOCK)
+        if xxhash.xxh3_128_hexdigest(head) != manifest.head:
+            raise Damaged(f"{path / DATA}: the HDF5 metadata is damaged", proven=True)
+        read_table(descriptor, path, manifest)
+    except (OSError, EOFError) as error:
+        raise Damaged(f"{path / DATA} cannot be read: {error}") from error
+    finally:
+        os.close(descriptor)
+    return manifest, text
+
+
+def mark_damaged(path: Path, message: str) -> None:
+    """Take a checkpoint out of use, without deleting it. Raises OSError."""
+    (path / DAMAGED).write_text(json.dumps({"message": message}) + "\n", encoding="utf-8")
+
+
+def clean(directory: Path) -> list[Path]:
+    """Remove what programs that ended have left. Only where no other program saves here. Returns what was removed."""
+    left = [path for path in directory.glob(f"step-*{TEMPORARY}*") if path.is_dir() and not path.is_symlink()]
+    for path in left:
+        shutil.rmtree(path, ignore_errors=True)
+    return left
+
+
+def prune(directory: Path, keep: Keep, good: dict[Path, Manifest], log: Callable[[str], None]) -> None:
+    """Delete what no rule keeps. Only checkpoints that look good count, and nothing newer than the newest of them goes.
+
+    `good`: those that were looked at before; it is brought up to date. Raises OSError.
+    """
+    candidates = []
+    for stored in listing(directory):
+        if stored.path not in good:
+            try:
+                good[stored.path] = check(stored.path)[0]
+            except DataError as error:
+                log(f"{stored.path} does not count as a checkpoint: {error.message}")
+                continue
+        candidates.append(stored)
+    kept = keep.select([(stored.step, good[stored.path].metrics) for stored in candidates])
+    for index, stored in enumerate(candidates):
+        superseded = index + 1 < len(candidates) and candidates[index + 1].step == stored.step
+        if index not in kept or superseded:
+            remove(stored.path)
+            del good[stored.path]
+
+
+def remove(path: Path) -> None:
+    """Delete a checkpoint: first it stops being one, at once, then its files go. Raises OSError."""
+    gone = path.with_name(f"{path.name}{TEMPORARY}{uuid.uuid4().hex}")
+    os.rename(path, gone)
+    sync_directory(path.parent)
+    shutil.rmtree(gone, ignore_errors=True)

@@ -1,0 +1,153 @@
+"""A live tensor as the bytes of its elements in row-major order: to read from, and to write into.
+
+Both numpy arrays and torch tensors, on any device and with any strides. A contiguous one in host memory is used in
+place. Others pass through a copy: of the part that is read (contiguous, on a GPU), or of the whole tensor.
+
+>>> import numpy as np
+>>> array = np.arange(4, dtype="<u2")
+>>> buffer = Buffer(array)
+>>> buffer.dtype, buffer.shape, buffer.read(2, 6).tolist()
+('uint16', (4,), [1, 0, 2, 0])
+>>> buffer.write(0, np.array([7, 0], np.uint8)); int(array[0])
+7
+"""
+
+from __future__ import annotations
+
+import math
+import sys
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from harness.checkpoint.schema import ITEMSIZE
+from harness.errors import DataError
+
+Bytes = npt.NDArray[np.uint8]
+
+if sys.byteorder != "little":
+    raise ImportError("checkpoints are little-endian; this machine is not")
+
+
+def is_torch(value: object) -> bool:
+    """Whether this is a torch tensor. Does not import torch."""
+    torch = sys.modules.get("torch")
+    return torch is not None and isinstance(value, torch.Tensor)
+
+
+def is_tensor(value: object) -> bool:
+    """Whether this is a numpy array or a torch tensor."""
+    return isinstance(value, np.ndarray) or is_torch(value)
+
+
+def dtype_of(array: Any) -> str:
+    """The dtype's name, as in `schema.ITEMSIZE` where it is one that checkpoints know."""
+    return str(array.dtype).removeprefix("torch.") if is_torch(array) else array.dtype.newbyteorder("=").name
+
+
+def new_tensor(kind: str, dtype: str, shape: tuple[int, ...], device: Any = None) -> Any:
+    """An array of zeros. kind: "torch" or "numpy"."""
+    if kind == "torch":
+        import torch
+
+        return torch.zeros(shape, dtype=getattr(torch, dtype), device=device)
+    return np.zeros(shape, numpy_dtype(dtype))
+
+
+def numpy_dtype(dtype: str) -> np.dtype[Any]:
+    """numpy's type for a dtype. Raises DataError where numpy has none."""
+    try:
+        return np.dtype(dtype)
+    except TypeError:
+        raise DataError(f"numpy has no {dtype}") from None
+
+
+class Buffer:
+    """The bytes of one tensor. `name` is for messages. Raises DataError for tensors that cannot be in a checkpoint."""
+
+    def __init__(self, array: Any, name: str = "a tensor") -> None:
+        self.array = array.detach() if is_torch(array) else array
+        self.dtype = dtype_of(array)
+        self.shape = tuple(int(length) for length in array.shape)
+        if problem := self._problem():
+            raise DataError(f"{name} {problem}")
+        self.nbytes = ITEMSIZE[self.dtype] * math.prod(self.shape)
+        self._place: Bytes | None = _in_place(self.array)
+        self._copy: Any = None
+        self._missing = self.nbytes
+
+    def read(self, lo: int, hi: int) -> Bytes:
+        """Bytes [lo, hi): a view where possible, valid until the tensor changes."""
+        if self._place is not None:
+            return self._place[lo:hi]
+        if self._copy is None:
+            self._copy = _flat(self.array)
+        part: Bytes = self._copy[lo:hi] if isinstance(self._copy, np.ndarray) else self._copy[lo:hi].cpu().numpy()
+        return part
+
+    def write(self, lo: int, data: Bytes) -> None:
+        """Replace the bytes from `lo` on. Each byte is written once; the tensor has changed when all have been."""
+        if self._place is not None:
+            self._place[lo : lo + len(data)] = data
+            return
+        if self._copy is None:
+            self._copy, self._missing = np.empty(self.nbytes, np.uint8), self.nbytes
+        self._copy[lo : lo + len(data)] = data
+        self._missing -= len(data)
+        if self._missing == 0:
+            _assign(self.array, self._copy, self.dtype)
+            self.release()
+
+    def release(self) -> None:
+        """Drop the copy, where there is one."""
+        self._copy = None
+
+    def _problem(self) -> str | None:
+        if is_torch(self.array):
+            import torch
+
+            if self.array.layout != torch.strided:
+                return f"has the layout {self.array.layout}"
+            if self.array.device.type == "meta":
+                return "has no data (its device is meta)"
+        if self.dtype not in ITEMSIZE:
+            return f"has the dtype {self.dtype}, which checkpoints do not know"
+        return None
+
+
+def _in_place(array: Any) -> Bytes | None:
+    """The tensor's own memory as bytes, None where that is not possible."""
+    if isinstance(array, np.ndarray):
+        usable = array.flags.c_contiguous and array.flags.writeable and array.dtype.isnative
+        return array.reshape(-1).view(np.uint8) if usable else None
+    if array.device.type != "cpu" or not array.is_contiguous() or array.is_conj() or array.is_neg():
+        return None
+    place: Bytes = _torch_bytes(array).numpy()
+    return place
+
+
+def _flat(array: Any) -> Any:
+    """A copy as bytes: numpy, or torch on the tensor's device."""
+    if isinstance(array, np.ndarray):
+        return np.ascontiguousarray(array, array.dtype.newbyteorder("=")).reshape(-1).view(np.uint8)
+    flat = _torch_bytes(array.resolve_conj().resolve_neg().contiguous())
+    return flat.numpy() if array.device.type == "cpu" else flat
+
+
+def _torch_bytes(tensor: Any) -> Any:
+    import torch
+
+    return (torch.view_as_real(tensor) if tensor.is_complex() else tensor).reshape(-1).view(torch.uint8)
+
+
+def _assign(array: Any, data: Bytes, dtype: str) -> None:
+    if isinstance(array, np.ndarray):
+        if not array.flags.writeable:
+            raise DataError("an array to restore into is read-only")
+        array[...] = data.view(np.dtype(dtype)).reshape(array.shape)
+        return
+    import torch
+
+    with torch.no_grad():
+        array.copy_(torch.from_numpy(data).view(array.dtype).reshape(array.shape))
