@@ -16,9 +16,9 @@ import inspect
 import sys
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, get_type_hints
 
-from harness.errors import ConfigError
+from harness.errors import ConfigError, Mistake
 
 if TYPE_CHECKING:
     import torch
@@ -120,5 +120,30 @@ def make_task(name: str, args: Mapping[str, Any]) -> Task:
         raise ConfigError(
             f"task.args do not fit {name}: {error}", hint=f"it takes {inspect.signature(task)}"
         ) from error
-    made: Task = task(**args)
+    made: Task = task(**_converted(task, args))
     return made
+
+
+def _converted(task: type[Any], args: Mapping[str, Any]) -> dict[str, Any]:
+    """The arguments as the constructor's annotations have them; what has none is taken as it is.
+
+    Raises ConfigError with all arguments that do not fit.
+    """
+    from pydantic import PydanticUserError, TypeAdapter, ValidationError
+
+    try:
+        hints = get_type_hints(task.__init__, include_extras=True)
+    except (NameError, TypeError, AttributeError):  # annotations that only a type checker can follow
+        return dict(args)
+    fitting, mistakes = dict(args), []
+    for key, value in args.items():
+        try:
+            fitting[key] = TypeAdapter(hints.get(key, Any)).validate_python(value)
+        except PydanticUserError:  # a class that pydantic does not know
+            continue
+        except ValidationError as error:
+            message = "; ".join(part["msg"].removeprefix("Value error, ") for part in error.errors())
+            mistakes.append(Mistake(f"task.args.{key}", f"{value!r} does not fit: {message}"))
+    if mistakes:
+        raise ConfigError(mistakes)
+    return fitting

@@ -24,6 +24,7 @@ from harness.errors import ConfigError
 from harness.order import Ids, Seeds
 from harness.task import Split, Task
 from harness.tasks.text import read_text
+from harness.units import Size
 
 HELD_OUT = 0.05
 """Part of the text, at its end, that is evaluated on."""
@@ -73,7 +74,7 @@ class CharLM(Task):
         width: int = 128,
         heads: int = 4,
         dropout: float = 0.0,
-        limit: int = 4_000_000,
+        limit: Size = 4_000_000,
     ) -> None:
         if min(block, layers, width, heads) < 1 or width % heads:
             raise ConfigError(f"task.args: width {width} does not divide by heads {heads}, or one of them is below 1")
@@ -126,7 +127,7 @@ class CharRNN(CharLM):
         width: int = 256,
         cell: Literal["lstm", "gru"] = "lstm",
         dropout: float = 0.0,
-        limit: int = 4_000_000,
+        limit: Size = 4_000_000,
     ) -> None:
         super().__init__(text, block, layers, width, 1, dropout, limit)
         if cell not in ("lstm", "gru"):

@@ -28,6 +28,7 @@ from harness.order import Ids, Seeds, sample_seeds, uniform
 from harness.rundir import storage_errors
 from harness.task import Split, Task
 from harness.tasks.text import read_text, standard_prose
+from harness.units import Size
 
 HELD_OUT = 0.05
 """Part of the words, at the end of the text, that is evaluated on."""
@@ -128,7 +129,7 @@ class Word2Vec(Task):
         min_count: int = 5,
         subsample: float = 1e-3,
         most_words: int = 100_000,
-        limit: int = 1_000_000_000,
+        limit: Size = 1_000_000_000,
         probes: list[str] | None = None,
     ) -> None:
         if min(width, window, negatives, min_count) < 1:
