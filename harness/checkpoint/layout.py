@@ -21,6 +21,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from functools import cached_property
 from typing import NamedTuple
 
 import numpy as np
@@ -59,6 +60,11 @@ class Layout:
     data_start: int
     data_end: int
     block: int
+
+    @cached_property
+    def from_rank0(self) -> Offsets:
+        """Indices of the leaves whose placement is rank0."""
+        return np.array([index for index, leaf in enumerate(self.leaves) if leaf.placement == "rank0"], np.int64)
 
     @property
     def blocks(self) -> int:

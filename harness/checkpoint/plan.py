@@ -48,8 +48,7 @@ def make_plan(layout: Layout, *, rank: int, size: int, from_rank0: Collection[in
     `from_rank0`: indices of replicated leaves for which rank 0's copy counts.
     O(blocks + leaves) once; nothing of size ranks x leaves exists.
     """
-    own = [index for index, leaf in enumerate(layout.leaves) if leaf.placement == "rank0"]
-    reserved = layout.blocks_of([*own, *from_rank0])
+    reserved = layout.blocks_of(np.concatenate([layout.from_rank0, np.array(list(from_rank0), np.int64)]))
     shared = np.flatnonzero(~reserved)
     mine = shared[len(shared) * rank // size : len(shared) * (rank + 1) // size]
     if rank == 0:

@@ -27,11 +27,19 @@ _SHOWN = 20
 
 
 class State:
-    """What a checkpoint holds: named live objects. Entries that are None are left out."""
+    """What a checkpoint holds: named live objects, also as attributes. Those that are None are left out."""
 
     def __init__(self, **entries: Any) -> None:
         self.entries: dict[str, Any] = {name: value for name, value in entries.items() if value is not None}
         self.kinds: dict[str, str] = {name: _kind(name, value) for name, value in self.entries.items()}
+        if taken := {"entries", "kinds"} & set(entries):
+            raise DataError(f"an entry of a State cannot be called {taken.pop()!r}")
+
+    def __getattr__(self, name: str) -> Any:
+        try:
+            return self.__dict__["entries"][name]
+        except KeyError:
+            raise AttributeError(f"this State has no {name}") from None
 
 
 @dataclass

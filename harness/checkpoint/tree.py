@@ -76,7 +76,7 @@ def decode(value: Json, make: Make | None) -> Any:
     """The value behind JSON from `encode`; `make` provides the tensors. Raises DataError for anything unexpected."""
     try:
         return _decode(value, make, 0)
-    except (TypeError, ValueError, AttributeError, OverflowError, RecursionError, binascii.Error) as error:
+    except (TypeError, ValueError, KeyError, AttributeError, OverflowError, RecursionError, binascii.Error) as error:
         raise DataError(f"a value of the checkpoint cannot be understood: {error}") from error
 
 
@@ -155,6 +155,8 @@ def _scalar(kind: str, dtype: str, number: Json) -> Any:
     if dtype not in ITEMSIZE:
         raise ValueError(f"the dtype {dtype} is unknown")
     value = _decode(number, None, 0)
+    if not isinstance(value, (bool, int, float)):
+        raise ValueError("a scalar is not a number")
     if kind == "torch":
         import torch
 
