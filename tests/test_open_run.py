@@ -114,7 +114,7 @@ def test_every_difference_is_named():
     "there",
     [
         ["optim.betas=[0.9,0.95]"],
-        ["task.args.text='a b ${env:HOME}'"],
+        ["task.args.text='a b $${env:HOME}'"],
         ['task.args.list=[1, {"a: b": "no"}, .inf]'],
         ["task.args.number='5'"],
         ["task.args.deep={a: {b: null}}"],
