@@ -121,7 +121,10 @@ install_packages() {
 # fit_mpi4py: its wheel brings no MPI and looks for one when it is imported. Where that is not the one behind mpicc, it is
 # built for that one.
 fit_mpi4py() {
-    [[ $("$venv_python" -c 'from mpi4py import MPI; print(MPI.Get_library_version())') != "$mpi" ]] || return 0
+    local loaded
+    loaded=$("$venv_python" -c 'import mpi4py; mpi4py.rc.initialize = False; from mpi4py.MPI import *
+print(Get_library_version())') || echo "mpi4py's own wheel finds no MPI."
+    [[ $loaded != "$mpi" ]] || return 0
     into_wheelhouse "$(mpi4py_folder)" build_mpi4py
     install_wheel "$(mpi4py_folder)"
 }
@@ -144,8 +147,8 @@ build_wheels() {
 install_wheel() {
     local wheel name
     wheel=$(wheel_in "$1")
-    name=$(basename "$wheel")
-    grep -qsF "$1/" "$root"/.venv/lib/python*/site-packages/"${name%%-*}"-*.dist-info/direct_url.json ||
+    name=${wheel##*/}
+    grep -qsF "/${1##*/}/" "$root"/.venv/lib/python*/site-packages/"${name%%-*}"-*.dist-info/direct_url.json ||
         "$venv_python" -m pip install --no-index --no-deps --no-cache-dir --force-reinstall "$wheel"
 }
 
@@ -159,6 +162,8 @@ check_environment() {
     "$venv_python" -m pip check
     "$venv_python" - "$mode" <<'PY'
 import re, sys
+import mpi4py
+mpi4py.rc.initialize = False  # a login node may not start MPI
 import torch
 from mpi4py import MPI
 import h5py
@@ -211,7 +216,7 @@ parse() {
 is_ready() {
     [[ -e $state/stamp && $(<"$state/stamp") == "$(fingerprint)" ]] || return 1
     [[ -z $mode_option || $mode_option == "$(<"$state/mode")" ]] || return 1
-    [[ -z $python_option || $python_option -ef $(head -n 1 "$root/.venv/.made-from") ]]
+    [[ -z $python_option || $(real_python "$python_option" 2>/dev/null) == "$(head -n 1 "$root/.venv/.made-from")" ]]
 }
 
 require_system() {
@@ -289,7 +294,7 @@ main() {
     mpi=$(mpi_library 2>>"$log") || mpi=$(mpi_version)
     choose_mode
     about='from the wheelhouse'
-    { wheel_in "$(horovod_folder)" && wheel_in "$(h5py_folder)"; } >/dev/null || about='building, about 8 core-minutes'
+    { wheel_in "$(horovod_folder)" && wheel_in "$(h5py_folder)"; } >/dev/null || about='building, 5 minutes on 2 cores'
     step "Horovod $(pinned horovod) ($mode) and parallel h5py $(pinned h5py): $about" \
         "Search the log for the first \"error\". A library or header that is missing may need \"module load\"." build_all
     step "Installing them and harness" "Is the disk full?" install_project

@@ -11,13 +11,16 @@ sys.exit(not (sys.version_info >= (3, 10) and os.path.exists(os.path.join(syscon
 PY
 }
 
+# real_python COMMAND: the program behind links, shims and virtual environments
+real_python() { "$1" -c 'import os, sys; print(os.path.realpath(sys.executable))'; }
+
 # find_python: prints the Python for .venv: the one asked for; else the one .venv has; else the first on PATH that will do.
 find_python() {
     local candidate made_from=
     [[ ! -e $root/.venv/.made-from ]] || read -r made_from <"$root/.venv/.made-from"
     for candidate in "${python_option:-$made_from}" python3 python3.{14,13,12,11,10} /usr/bin/python3; do
         if [[ -n $candidate ]] && suitable_python "$candidate"; then
-            "$candidate" -c 'import os, sys; print(os.path.realpath(sys.executable))'
+            real_python "$candidate"
             return
         fi
     done
@@ -70,7 +73,7 @@ find_cmake() {
 }
 
 # mpi_version: what "mpirun --version" says, in one line; quick. (mpi_library, in wheels.sh, asks the library itself.)
-mpi_version() { { mpirun --version || mpiexec --version || "$mpicc" -show; } 2>/dev/null | head -n 2 | tr '\n' ' '; }
+mpi_version() { { mpirun --version || mpiexec --version || "$mpicc" -show; } 2>/dev/null | head -n 2 | tr '\n' ' ' || true; }
 
 # find_cuda: prints the CUDA toolkit's folder. An nvcc on PATH can be a wrapper outside of it.
 find_cuda() {

@@ -15,15 +15,16 @@ python_tag() { "$venv_python" -c 'import sys, sysconfig; print(sys.implementatio
 
 # mpi_library: the full name and version of the MPI behind mpicc, from the library itself (the call needs no MPI_Init).
 mpi_library() {
-    local scratch
+    local scratch status=0
     scratch=$(mktemp -d)
     cat >"$scratch/probe.c" <<'C'
 #include <mpi.h>
 #include <stdio.h>
 int main(void) { char name[MPI_MAX_LIBRARY_VERSION_STRING]; int n; MPI_Get_library_version(name, &n); puts(name); return 0; }
 C
-    "$mpicc" -o "$scratch/probe" "$scratch/probe.c" && "$scratch/probe"
+    { "$mpicc" -o "$scratch/probe" "$scratch/probe.c" && "$scratch/probe"; } || status=$?
     rm -rf "$scratch"
+    return "$status"
 }
 
 # ---- keys: a wheel is used again only where all of this is the same ---------------------------------------------------
