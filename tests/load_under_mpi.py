@@ -22,11 +22,12 @@ def main() -> None:
         process, parent, initialised = batch.data.tolist()
         assert os.getpid() not in (process, parent)
         assert not initialised
-    ids = comm.allgather([number for batch in batches for number in batch.ids.tolist()])
+    parts = comm.allgather([number for batch in batches for number in batch.ids.tolist()])
+    ids = [number for part in parts for number in part]
     loaders = {int(number) for part in comm.allgather([batch.data[0] for batch in batches]) for number in part}
-    assert sorted(sum(ids, [])) == sorted(Order(20, seed=3).ids(0, 48).tolist())
+    assert sorted(ids) == sorted(Order(20, seed=3).ids(0, 48).tolist())
     if comm.rank == 0:
-        print(f"rank 0: all {len(sum(ids, []))} samples, loaded by {len(loaders)} other processes", flush=True)
+        print(f"rank 0: all {len(ids)} samples, loaded by {len(loaders)} other processes", flush=True)
     comm.Barrier()
 
 
