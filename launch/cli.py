@@ -37,9 +37,7 @@ def _launcher(value: str | None) -> str | None:
 
 
 ConfigPath = Annotated[Path, typer.Argument(metavar="CONFIG", help="A config file, or a run directory to go on with.")]
-Overrides = Annotated[
-    list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="Values to set, as optim.lr=3e-4.")
-]
+Overrides = Annotated[list[str] | None, typer.Argument(metavar="KEY=VALUE", help="Values to set, as optim.lr=3e-4.")]
 Ranks = Annotated[int | None, typer.Option("-n", "--ranks", min=1, help="Ranks in all.")]
 Hosts = Annotated[str | None, typer.Option("-H", "--hosts", metavar="A:2,B:2", help="Hosts and slots.")]
 Hostfile = Annotated[Path | None, typer.Option("--hostfile", help="A file with a line `host slots=N` per host.")]

@@ -22,7 +22,7 @@ _LINE = re.compile(
 _HYDRA = re.compile(  # Hydra says on stdout that ranks have ended badly
     rb"={70,}\s*$|=   |YOUR APPLICATION TERMINATED WITH|This typically refers to a problem|Please see the FAQ page for"
 )
-_TAG = re.compile(rb"\[(?:\d+,)?\d+\]<std(?:out|err)>:? ?")
+_TAG = re.compile(rb"\[(?:\d+,)?\d+\]<std(?:out|err)>:?")  # horovodrun's, before every piece that a rank wrote
 _START = (b"---", b"===", b"=   ", b"[", b"srun:", b"slurmstepd:", b"mpirun:", b"application", b"Abort(")
 _MOST = 60
 """Lines between two rules that may belong to one notice; more are somebody's table."""
@@ -66,10 +66,10 @@ class Parted:
         return shown
 
     def _line(self, line: bytes) -> bytes:
+        line = self._untagged(line)
         if self._begun:
             self._begun = False
             return line
-        line = self._untagged(line)
         if self._block is not None:
             self._block.append(line)
             if _RULE.fullmatch(line):
@@ -88,7 +88,7 @@ class Parted:
         return line
 
     def _untagged(self, line: bytes) -> bytes:
-        return _TAG.sub(b"", line, count=1) if self._tagged and _TAG.match(line) else line
+        return _TAG.sub(b"", line) if self._tagged else line
 
     def _may_be_noise(self, line: bytes) -> bool:
         return line.startswith(_START if self._errors or self._tagged else (b"===", b"=   "))

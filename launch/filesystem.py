@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 import re
+import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -50,8 +51,17 @@ def describe(path: Path, mounts: str | None = None) -> FileSystem:
         mount=mount,
         free=stat.f_bavail * stat.f_frsize,
         inodes=stat.f_favail if stat.f_files else None,
-        writable=os.access(here, os.W_OK | os.X_OK) and here.is_dir(),
+        writable=_writable(here),
     )
+
+
+def _writable(folder: Path) -> bool:
+    """By trying, since permissions do not say all: quotas, read-only mounts, root squashed by a server."""
+    try:
+        with tempfile.TemporaryDirectory(prefix=".harness-check-", dir=folder):
+            return True
+    except OSError:
+        return False
 
 
 def find_mount(path: str, mounts: str) -> tuple[str, str]:

@@ -103,7 +103,7 @@ def _same_mpi(library: str, mpi: Mpi) -> Finding:
     try:
         linked = identify(library)
     except Unavailable:
-        return Finding("mpirun and mpi4py", "warn", f"mpi4py's MPI is unknown: {library[:60]}")
+        return Finding("mpirun and mpi4py", "warn", f"mpi4py's MPI is unknown: {library[:60]}", MIXED)
     text = f"mpirun is {mpi}, mpi4py uses {linked}"
     hydra = {"mpich", "intel", "mvapich"}
     if linked.family == mpi.family and (linked.version[:2] == mpi.version[:2] or not mpi.version):

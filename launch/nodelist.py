@@ -143,9 +143,7 @@ def _ranges(text: str, whole: str) -> list[str]:
     for part in text.split(","):
         match = _RANGE.fullmatch(part)
         if not match:
-            raise ValueError(
-                f"[{shorten(text)}] in the nodelist {shorten(whole)!r} is no list of numbers and ranges"
-            )
+            raise ValueError(f"[{shorten(text)}] in the nodelist {shorten(whole)!r} is no list of numbers and ranges")
         first, last = int(match[1]), int(match[2] or match[1])
         if last < first or last - first >= MAX_HOSTS or len(values) > MAX_HOSTS:
             raise ValueError(f"[{shorten(text)}] in the nodelist runs backwards or is for more than {MAX_HOSTS} hosts")

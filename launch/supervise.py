@@ -79,7 +79,9 @@ class _Watch:
             self._by(now + PATIENCE, "a rank failed, and the others did not end")
             return
         running = processes.ranks(self.session, self.program)
-        if running and self.seen - running:
+        if self.seen and not running:
+            self._by(now + PATIENCE, "the ranks of this host have ended, but the launcher did not")
+        elif self.seen - running:
             status = self.run.read_status()
             over = status.get("attempt") == self.attempt.number and status.get("state") in ("finished", "stopped")
             self._by(now + (LINGER if over else PATIENCE), "a rank ended without a word, and the others waited for it")

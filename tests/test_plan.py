@@ -1,0 +1,138 @@
+"""From a config and an environment to a start: ranks, launcher, threads. Tools on PATH are small scripts."""
+
+from __future__ import annotations
+
+import os
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from harness.config import Config
+from harness.errors import ConfigError, Unavailable, UsageError
+from launch import hosts
+from launch.plan import make_plan
+
+JOB = {"SLURM_JOB_ID": "7", "SLURM_JOB_NODELIST": "n[1-2]", "SLURM_TASKS_PER_NODE": "4(x2)", "SLURM_NTASKS": "8"}
+
+
+def _config(**launch: Any) -> Config:
+    slurm = launch.pop("slurm", {})
+    values = {"name": "x", "task": {"name": "linear"}, "train": {"steps": 1, "global_batch": 8}}
+    return Config.model_validate(values | {"launch": launch, "slurm": slurm})
+
+
+@pytest.fixture
+def path(tmp_path: Path):
+    """path(mpirun="...", srun="...") makes a folder of scripts and an environment with nothing else on PATH."""
+
+    def make(**tools: str) -> dict[str, str]:
+        for name, body in tools.items():
+            file = tmp_path / name.replace("_", "-")
+            file.write_text(f"#!/bin/sh\n{body}\n")
+            file.chmod(0o755)
+        return {"PATH": str(tmp_path)}
+
+    return make
+
+
+OPEN_MPI = "echo 'mpirun (Open MPI) 4.1.4'"
+INTEL = "echo 'Intel(R) MPI Library for Linux* OS, Version 2021.9'"
+
+
+def test_one_rank_by_default(path) -> None:
+    plan = make_plan(_config(), ["runs/x"], path(mpirun=OPEN_MPI))
+    assert (plan.job.ranks, plan.job.launcher) == (1, "mpirun")
+    assert plan.job.program == (sys.executable, "-m", "harness", "runs/x")
+    assert plan.notes == ()
+
+
+def test_one_rank_per_gpu(path) -> None:
+    environ = path(mpirun=OPEN_MPI, nvidia_smi="echo 'GPU 0: x'; echo 'GPU 1: x'; echo 'GPU 2: x'")
+    plan = make_plan(_config(), [], environ)
+    assert (plan.job.ranks, plan.job.gpus) == (3, True)
+
+
+def test_all_slots_of_what_was_given_or_allocated(path) -> None:
+    assert make_plan(_config(hosts="a:2,b:3"), [], path(mpirun=OPEN_MPI)).job.ranks == 5
+    assert make_plan(_config(), [], path(mpirun=OPEN_MPI) | JOB).job.ranks == 8
+    assert make_plan(_config(ranks=3), [], path(mpirun=OPEN_MPI) | JOB).job.ranks == 3
+
+
+def test_more_ranks_than_the_allocation_has(path) -> None:
+    with pytest.raises(Unavailable, match=r"9 ranks are more than the 8 slots of the Slurm job 7"):
+        make_plan(_config(ranks=9), [], path(mpirun=OPEN_MPI) | JOB)
+
+
+def test_srun_only_where_it_starts_mpi(path) -> None:
+    environ = path(mpirun=OPEN_MPI, srun="exit 0") | JOB
+    assert make_plan(_config(), [], environ).job.launcher == "srun"
+    assert make_plan(_config(launcher="mpirun"), [], environ).job.launcher == "mpirun"
+    assert make_plan(_config(), [], path(mpirun=OPEN_MPI, srun="exit 1") | JOB).job.launcher == "mpirun"
+    assert make_plan(_config(), [], path(mpirun=INTEL, srun="exit 0") | JOB).job.launcher == "mpirun"
+    without = path(mpirun=OPEN_MPI, srun="exit 0")
+    assert make_plan(_config(), [], without).job.launcher == "mpirun", "not inside a job"
+
+
+def test_show_asks_srun_for_its_list_only(path) -> None:
+    srun = 'case "$1" in --mpi=list) echo pmix;; *) touch "$0.started";; esac'
+    environ = path(mpirun=OPEN_MPI, srun=srun) | JOB
+    assert make_plan(_config(), [], environ, probe_srun=False).job.launcher == "srun"
+    assert not Path(environ["PATH"], "srun.started").exists()
+    assert make_plan(_config(slurm={"mpi": "pmi7"}), [], environ, probe_srun=False).job.launcher == "mpirun"
+
+
+def test_what_is_missing_is_named(path) -> None:
+    with pytest.raises(Unavailable, match="no mpirun on PATH"):
+        make_plan(_config(), [], path())
+    with pytest.raises(Unavailable, match="no srun on PATH"):
+        make_plan(_config(launcher="srun"), [], path(mpirun=OPEN_MPI))
+    assert make_plan(_config(launcher="local"), [], path()).mpi is None
+    with pytest.raises(UsageError, match="starts one rank, not 2"):
+        make_plan(_config(launcher="local", ranks=2), [], path())
+
+
+def test_horovodrun_takes_gloo_without_mpi_or_when_told(path) -> None:
+    assert make_plan(_config(launcher="horovodrun", ranks=2), [], path(horovodrun="")).job.gloo
+    environ = path(mpirun=OPEN_MPI, horovodrun="")
+    assert not make_plan(_config(launcher="horovodrun"), [], environ).job.gloo
+    assert make_plan(_config(launcher="horovodrun"), [], environ | {"HOROVOD_CONTROLLER": "gloo"}).job.gloo
+    plan = make_plan(_config(launcher="horovodrun", env={"HOROVOD_CONTROLLER": "gloo"}, mpi_flags=["-v"]), [], environ)
+    assert plan.job.gloo
+    assert "mpi_flags are not used" in plan.notes[0]
+
+
+def test_threads_are_the_cores_of_a_rank(path) -> None:
+    environ = path(mpirun=OPEN_MPI)
+    cores = hosts.count_cores()
+    assert make_plan(_config(), [], environ).command.env["OMP_NUM_THREADS"] == str(cores)
+    assert make_plan(_config(ranks=2 * cores), [], environ).command.env["OMP_NUM_THREADS"] == "1"
+    assert make_plan(_config(threads=5), [], environ).command.env["OMP_NUM_THREADS"] == "5"
+    assert make_plan(_config(), [], environ | {"OMP_NUM_THREADS": "3"}).command.env["OMP_NUM_THREADS"] == "3"
+    assert make_plan(_config(env={"OMP_NUM_THREADS": "4"}), [], environ).command.env["OMP_NUM_THREADS"] == "4"
+    job = environ | JOB | {"SLURM_CPUS_PER_TASK": "6", "SLURM_CPUS_ON_NODE": "24"}
+    assert make_plan(_config(), [], job).job.cores == 6
+    del job["SLURM_CPUS_PER_TASK"]
+    assert make_plan(_config(ranks=8), [], job).job.cores == 6
+    assert make_plan(_config(slurm={"cpus_per_rank": 2}), [], job).job.cores == 2
+
+
+def test_oversubscription_is_one_line(path) -> None:
+    cores = hosts.count_cores()
+    plan = make_plan(_config(ranks=cores + 1), [], path(mpirun=OPEN_MPI))
+    assert plan.job.oversubscribed
+    assert len(plan.notes) == 1
+
+
+def test_names_of_variables_are_checked(path) -> None:
+    for name in ("A=B", "", "1A", "A B", "A\n"):
+        with pytest.raises(ConfigError, match="no name of an environment variable"):
+            make_plan(_config(env={name: "x"}), [], path(mpirun=OPEN_MPI))
+
+
+def test_more_environment_reaches_other_hosts(path) -> None:
+    plan = make_plan(_config(hosts="n1:1,n2:1"), [], path(mpirun=OPEN_MPI)).with_env({"HARNESS_ATTEMPT": "4"})
+    assert plan.command.env["HARNESS_ATTEMPT"] == "4"
+    assert "HARNESS_ATTEMPT" in plan.command.argv
+    assert os.environ.get("HARNESS_ATTEMPT") is None
