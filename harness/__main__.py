@@ -101,7 +101,7 @@ class Rank:
             raise
         finally:
             job.sinks.close()
-        job.manager.close()
+        job.close()
 
     def finish(self, code: Exit) -> None:
         """Leave together: a rank that exits early with a code other than 0 makes mpirun kill the others."""

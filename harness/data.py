@@ -24,7 +24,7 @@ import os
 import pickle
 import random
 import traceback
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
@@ -83,32 +83,52 @@ def train_batches(
                 stop = first + plan.micro_batch
                 yield _Request(first, order.ids(first, stop), sample_seeds(seed, first, stop))
 
-    return _load(dataset, requests(), workers, prefetch, pin)
+    return _batches(_loader(dataset, requests(), workers, prefetch, pin))
 
 
-def eval_batches(
-    dataset: Any,
-    *,
-    rank: int,
-    size: int,
-    batch: int,
-    seed: int = 0,
-    workers: int = 0,
-    prefetch: int = 2,
-    pin: bool = False,
-) -> Iterator[Batch]:
+class EvalBatches:
     """This rank's contiguous part of the data set, in batches of `batch` samples; the last one may be smaller.
 
-    Over all ranks every sample comes exactly once. A rank gets nothing when there are more ranks than samples.
+    Over all ranks every sample comes exactly once. A rank gets nothing when there are more ranks than samples. Every
+    iteration gives the same; workers start with the first one and live until `close`.
     """
-    begin, end = (len(dataset) * part // size for part in (rank, rank + 1))
 
-    def requests() -> Iterator[_Request]:
-        for first in range(begin, end, batch):
-            stop = min(first + batch, end)
-            yield _Request(first, np.arange(first, stop, dtype=np.int64), sample_seeds(seed, first, stop))
+    def __init__(
+        self,
+        dataset: Any,
+        *,
+        rank: int,
+        size: int,
+        batch: int,
+        seed: int = 0,
+        workers: int = 0,
+        prefetch: int = 2,
+        pin: bool = False,
+    ) -> None:
+        begin, end = (len(dataset) * part // size for part in (rank, rank + 1))
+        self._loader: Any = _loader(
+            dataset, _EvalRequests(begin, end, batch, seed), workers, prefetch, pin, persistent=workers > 0
+        )
 
-    return _load(dataset, requests(), workers, prefetch, pin)
+    def __iter__(self) -> Iterator[Batch]:
+        return _batches(self._loader)
+
+    def close(self) -> None:
+        """End the workers."""
+        self._loader = None
+
+
+@dataclass(frozen=True)
+class _EvalRequests:
+    begin: int
+    end: int
+    batch: int
+    seed: int
+
+    def __iter__(self) -> Iterator[_Request]:
+        for first in range(self.begin, self.end, self.batch):
+            stop = min(first + self.batch, self.end)
+            yield _Request(first, np.arange(first, stop, dtype=np.int64), sample_seeds(self.seed, first, stop))
 
 
 def check_dataset(dataset: Any, split: str, global_batch: int) -> int:
@@ -241,8 +261,10 @@ def _sendable(error: Exception) -> Exception:
     return error
 
 
-def _load(dataset: Any, requests: Iterator[_Request], workers: int, prefetch: int, pin: bool) -> Iterator[Batch]:
-    loader: DataLoader[Any] = DataLoader(
+def _loader(
+    dataset: Any, requests: Iterable[_Request], workers: int, prefetch: int, pin: bool, persistent: bool = False
+) -> DataLoader[Any]:
+    return DataLoader(
         _Fetch(dataset, in_worker=workers > 0),
         batch_size=None,  # a request is a whole batch
         sampler=requests,
@@ -252,7 +274,11 @@ def _load(dataset: Any, requests: Iterator[_Request], workers: int, prefetch: in
         multiprocessing_context="forkserver" if workers else None,
         pin_memory=pin,
         generator=torch.Generator(),  # else the loader draws from torch's global generator
+        persistent_workers=persistent,
     )
+
+
+def _batches(loader: DataLoader[Any]) -> Iterator[Batch]:
     try:
         batches = iter(loader)
     except (pickle.PicklingError, AttributeError, TypeError) as error:
@@ -267,7 +293,7 @@ def _load(dataset: Any, requests: Iterator[_Request], workers: int, prefetch: in
             except StopIteration:
                 return
             except Exception as error:
-                if workers == 0:
+                if loader.num_workers == 0:
                     raise
                 # the data set's own errors come as a _Failure: this is about the process or the pipe to it
                 raise Unavailable(

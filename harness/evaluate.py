@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from harness.data import eval_batches, to_device
+from harness.data import to_device
 from harness.errors import HarnessError
 
 if TYPE_CHECKING:
@@ -23,22 +23,14 @@ def evaluate(job: Job) -> dict[str, float]:
     Collective: rank 0's buffers go to all ranks first (running statistics differ between ranks, and rank 0's are the
     ones a checkpoint holds), sums and counts are added at the end.
     """
-    if job.eval_data is None:
+    if job.eval_batches is None:
         return {}
     job.world.broadcast_tensors(job.model.named_buffers(), "eval/buffers")
     job.model.eval()
     sums: dict[str, torch.Tensor] = {}
     count = 0
     with job.ema.applied() if job.ema is not None else nullcontext():
-        for batch in eval_batches(
-            job.eval_data,
-            rank=job.world.rank,
-            size=job.world.size,
-            batch=job.config.eval.batch or job.plan.micro_batch,
-            workers=job.config.data.workers,
-            prefetch=job.config.data.prefetch,
-            pin=job.world.device.type == "cuda",
-        ):
+        for batch in job.eval_batches:
             with job.update.autocast():
                 means = job.task.evaluate(job.model, to_device(batch.data, job.world.device))
             for name, mean in means.items():

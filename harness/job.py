@@ -17,7 +17,7 @@ from harness.batch import BatchPlan, plan_batch
 from harness.checkpoint import Manager, State, keep_last
 from harness.clock import Clock
 from harness.config import Config
-from harness.data import check_dataset
+from harness.data import EvalBatches, check_dataset
 from harness.ema import Ema
 from harness.errors import ConfigError
 from harness.optim import make_optimizer, peak_lr
@@ -54,7 +54,7 @@ class Job:
     task: Task
     model: torch.nn.Module
     train_data: Any
-    eval_data: Any
+    eval_batches: EvalBatches | None
     order: Order
     plan: BatchPlan
     steps: int
@@ -63,14 +63,24 @@ class Job:
     manager: Manager
     progress: Progress = field(default_factory=Progress)
 
-    def state(self) -> State:
-        """What a checkpoint holds."""
+    def state(self, extra: dict[str, Any]) -> State:
+        """What a checkpoint holds; restoring puts what `extra()` saved into `extra`."""
         return State(
             model=self.model,
             optimizer=self.update.optimizer,
             ema=None if self.ema is None else self.ema.shadow,
-            extra=vars(self.progress) | {"scaler": self.update.scaler.state_dict() if self.update.scaler else None},
+            extra=extra,
         )
+
+    def close(self) -> None:
+        """End the evaluation's loader workers and the checkpoint manager. Collective."""
+        if self.eval_batches is not None:
+            self.eval_batches.close()
+        self.manager.close()
+
+    def extra(self) -> dict[str, Any]:
+        """The part of the state that is plain values."""
+        return vars(self.progress) | {"scaler": self.update.scaler.state_dict() if self.update.scaler else None}
 
 
 def total_steps(config: Config, samples: int) -> int:
@@ -114,7 +124,17 @@ def build(config: Config, run: RunDir, attempt: int, world: World, clock: Clock)
         task=task,
         model=model,
         train_data=train_data,
-        eval_data=eval_data,
+        eval_batches=None
+        if eval_data is None
+        else EvalBatches(
+            eval_data,
+            rank=world.rank,
+            size=world.size,
+            batch=config.eval.batch or plan.micro_batch,
+            workers=config.data.workers,
+            prefetch=config.data.prefetch,
+            pin=world.device.type == "cuda",
+        ),
         order=Order(samples, config.seed, shuffle=config.data.shuffle, block=config.data.block),
         plan=plan,
         steps=steps,

@@ -18,8 +18,9 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
+from harness.checkpoint import latest
 from harness.data import Batch, to_device, train_batches
-from harness.errors import ConfigError, Stopped
+from harness.errors import ConfigError, Stopped, StorageError
 from harness.evaluate import evaluate
 from harness.job import Job, seed_generators
 from harness.metrics import Interval, Meter
@@ -82,8 +83,8 @@ def train(job: Job) -> None:
                 evaluated = done
                 if run_evaluation(job, done):
                     break
-            if due(done, job.config.checkpoint.every) and not stop:
-                saved = save(job, done)
+            if due(done, job.config.checkpoint.every) and not stop and not last and try_to_save(job, done):
+                saved = done
             if stop:
                 save(job, done)
                 raise Stopped(f"stopped at step {done} of {job.steps}, state saved", hint="run it again to go on")
@@ -128,33 +129,41 @@ def batches_of(job: Job, first: int) -> Iterator[Iterator[Batch]]:
 def restore(job: Job) -> int:
     """The step to go on from: 0 on a fresh start. Collective."""
     job.clock.section = "restore"
-    found = job.manager.latest()
-    if found is not None and not job.config.checkpoint.resume:
+    if not job.config.checkpoint.resume and job.world.comm.broadcast(latest(job.run.checkpoints) is not None):
         raise ConfigError(
             f"{job.run.root} already holds checkpoints, and checkpoint.resume is false",
             hint="choose another run_dir, or let it resume",
         )
-    state = job.state()
-    step = job.manager.restore(state)
+    extra = job.extra()
+    step = job.manager.restore(job.state(extra))
     if step is not None:
         for name in vars(job.progress):
-            setattr(job.progress, name, state.extra[name])
-        if job.update.scaler is not None and state.extra["scaler"] is not None:
-            job.update.scaler.load_state_dict(state.extra["scaler"])
+            setattr(job.progress, name, extra[name])
+        if job.update.scaler is not None and extra["scaler"] is not None:
+            job.update.scaler.load_state_dict(extra["scaler"])
         job.sinks.say(f"resumed from the checkpoint at step {step}")
     job.clock.section = "start"
     job.sinks.record("state", step or 0, state="running")
     return step or 0
 
 
-def save(job: Job, done: int) -> int:
+def try_to_save(job: Job, done: int) -> bool:
+    """Write a checkpoint on the way; one that fails is told and training goes on. Collective, the same on all ranks."""
+    try:
+        save(job, done)
+    except StorageError as error:
+        job.sinks.say(f"warning: no checkpoint at step {done}: {error}")
+        return False
+    return True
+
+
+def save(job: Job, done: int) -> None:
     """Write a checkpoint. Collective; raises StorageError on all ranks alike."""
     with job.clock("checkpoint"):
         began = time.perf_counter()
         job.world.broadcast_tensors(job.model.named_buffers(), "save/buffers")
-        path = job.manager.save(done, job.state())
+        path = job.manager.save(done, job.state(job.extra()))
         job.sinks.record("checkpoint", done, path=str(path), seconds=time.perf_counter() - began)
-    return done
 
 
 def run_evaluation(job: Job, done: int) -> bool:

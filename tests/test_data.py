@@ -20,7 +20,7 @@ from support import needs_mpirun, ranks
 from torch.utils.data import IterableDataset, TensorDataset
 
 from harness.batch import BatchPlan, plan_batch
-from harness.data import check_dataset, eval_batches, start_forkserver, to_device, train_batches
+from harness.data import EvalBatches, check_dataset, start_forkserver, to_device, train_batches
 from harness.errors import ConfigError, DataError, Unavailable
 from harness.order import Order
 
@@ -190,7 +190,7 @@ def test_workers_end_with_the_iterator(how: str) -> None:
 @given(samples=st.integers(1, 40), size=st.integers(1, 6), batch=st.integers(1, 9))
 def test_evaluation_takes_each_sample_once(samples: int, size: int, batch: int) -> None:
     dataset = TensorDataset(torch.arange(samples))
-    parts = [list(eval_batches(dataset, rank=rank, size=size, batch=batch)) for rank in range(size)]
+    parts = [list(EvalBatches(dataset, rank=rank, size=size, batch=batch)) for rank in range(size)]
     ids = [number for part in parts for found in part for number in found.ids.tolist()]
     assert ids == list(range(samples)) == [n for part in parts for found in part for n in found.data[0].tolist()]
     assert all(found.samples <= batch for part in parts for found in part)
@@ -199,8 +199,8 @@ def test_evaluation_takes_each_sample_once(samples: int, size: int, batch: int) 
 
 
 def test_evaluation_draws_the_same_each_time() -> None:
-    first = contents(eval_batches(Noisy(), rank=0, size=1, batch=5))
-    assert contents(eval_batches(Noisy(), rank=0, size=1, batch=5, workers=2)) == first
+    first = contents(EvalBatches(Noisy(), rank=0, size=1, batch=5))
+    assert contents(EvalBatches(Noisy(), rank=0, size=1, batch=5, workers=2)) == first
 
 
 class Endless(IterableDataset[int]):

@@ -10,7 +10,7 @@ import torch
 
 from harness.batch import plan_batch
 from harness.config import Config
-from harness.data import eval_batches, train_batches
+from harness.data import EvalBatches, train_batches
 from harness.optim import make_optimizer
 from harness.order import Order
 from harness.resolve import resolve
@@ -61,7 +61,7 @@ def evaluate(task: Task, model: Any, *, ranks: int = 1, batch: int = 256) -> dic
     sums: dict[str, float] = {}
     count = 0
     for rank in range(ranks):
-        for part in eval_batches(task.data("eval"), rank=rank, size=ranks, batch=batch):
+        for part in EvalBatches(task.data("eval"), rank=rank, size=ranks, batch=batch):
             for name, mean in task.evaluate(model, part.data).items():
                 sums[name] = sums.get(name, 0.0) + mean.item() * part.samples
             count += part.samples

@@ -69,7 +69,7 @@ def start(world: World, config: Config) -> Job:
 def finish(job: Job) -> None:
     train(job)
     job.sinks.close()
-    job.manager.close()
+    job.close()
 
 
 class StopAt:
@@ -148,7 +148,7 @@ def test_a_run_stopped_anywhere_and_resumed_is_the_same_by_bits(
     object.__setattr__(stopped, "stop", StopAt(3))
     with pytest.raises(Stopped, match="step 3 of 8"):
         train(stopped)
-    stopped.manager.close()
+    stopped.close()
     resumed = start(world, config)
     finish(resumed)
     assert_same_bits(bits(resumed), bits(straight))
@@ -195,7 +195,7 @@ def test_a_bad_sample_on_one_rank(world: World, policy: str) -> None:
     with pytest.raises(InternalError, match=rf"step 3: the loss is not finite .* on rank {world.size - 1}"):
         train(job)
     job.sinks.close()
-    job.manager.close()
+    job.close()
     if world.is_root:
         report = json.loads((path / "nonfinite-step-3.json").read_text())
         assert bad in report["ids_by_rank"][str(world.size - 1)]
