@@ -40,7 +40,7 @@ def build_head(layout: Layout, aliases: Mapping[str, str], scratch: Path) -> byt
 def fit_head(layout: Layout, aliases: Mapping[str, str], scratch: Path) -> tuple[Layout, bytes]:
     """`build_head`, with a larger head where HDF5 needs one. Raises Unavailable where no size helps."""
     problem = ""
-    for _ in range(4):
+    for _ in range(6):
         try:
             return layout, build_head(layout, aliases, scratch)
         except ValueError as error:
