@@ -16,7 +16,7 @@ from training import config, evaluate, train
 from harness.errors import ConfigError, DataError, InputMissing
 from harness.order import sample_seeds
 from harness.tasks import text as texts
-from harness.tasks.charlm import GPT, CharLM, CharRNN, Windows, write
+from harness.tasks.charlm import GPT, CharLM, CharRNN, Windows, rotations, turn, write
 from harness.tasks.word2vec import SkipGrams, Word2Vec, neighbours, read_words, thin_out, vectors
 
 
@@ -83,7 +83,7 @@ def test_language_models_learn_and_write(model: str, tmp_path: Path) -> None:
 
 def test_attention_does_not_look_ahead() -> None:
     torch.manual_seed(0)
-    model = GPT(block=12, layers=2, width=16, heads=2, dropout=0.0)
+    model = GPT(layers=2, width=16, heads=2, dropout=0.0)
     tokens = torch.randint(256, (2, 12))
     changed = tokens.clone()
     changed[:, 7:] = (changed[:, 7:] + 1) % 256
@@ -91,8 +91,21 @@ def test_attention_does_not_look_ahead() -> None:
     assert not torch.allclose(model(tokens)[:, 7:], model(changed)[:, 7:], atol=1e-3)
 
 
+def test_attention_knows_distances_only() -> None:
+    """Rotary positions: the product of a turned query and key is the same wherever the two stand."""
+    torch.manual_seed(0)
+    query, key = torch.randn(8), torch.randn(8)
+    turns = rotations(40, 4, torch.device("cpu"))
+    products = turn(query.expand(40, 8), turns) @ turn(key.expand(40, 8), turns).T
+    for distance in (0, 1, 7):
+        along = torch.diagonal(products, -distance)
+        assert torch.allclose(along, along[0].expand_as(along), atol=1e-4)
+    assert torch.diagonal(products).mean() == pytest.approx(float(query @ key), abs=1e-4)
+    assert products[5, 0] != pytest.approx(float(products[0, 0]), abs=1e-3)
+
+
 def test_writing_leaves_the_global_generator_and_the_mode_alone() -> None:
-    model = GPT(block=8, layers=1, width=8, heads=1, dropout=0.5)
+    model = GPT(layers=1, width=8, heads=1, dropout=0.5)
     before = torch.get_rng_state()
     assert len(write(model, torch.tensor([65, 66]), count=20, block=8)) == 20
     assert torch.equal(torch.get_rng_state(), before)
@@ -100,8 +113,10 @@ def test_writing_leaves_the_global_generator_and_the_mode_alone() -> None:
 
 
 def test_language_model_mistakes(tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match="width 10 does not divide by heads 3"):
-        CharLM(width=10, heads=3)
+    with pytest.raises(ConfigError, match=r"(?s)width 10 does not divide into pairs for 3 heads.*width=6 or 12"):
+        CharLM(width=10, heads=3).model()
+    with pytest.raises(ConfigError, match="at least 1"):
+        CharLM(layers=0)
     with pytest.raises(ConfigError, match="use lstm or gru"):
         CharRNN(cell="gpt")  # type: ignore[arg-type]
     with pytest.raises(InputMissing, match="no such file or folder"):

@@ -61,7 +61,7 @@ class Windows:
 
 
 class CharLM(Task):
-    """A byte-level GPT: pre-norm blocks, learned positions, causal attention.
+    """A byte-level GPT: pre-norm blocks, rotary positions, causal attention.
 
     `text` is a file or a folder (None: the standard library's sources), of which at most `limit` bytes are used.
     """
@@ -76,8 +76,8 @@ class CharLM(Task):
         dropout: float = 0.0,
         limit: Size = 4_000_000,
     ) -> None:
-        if min(block, layers, width, heads) < 1 or width % heads:
-            raise ConfigError(f"task.args: width {width} does not divide by heads {heads}, or one of them is below 1")
+        if min(block, layers, width, heads) < 1:
+            raise ConfigError("task.args: block, layers, width and heads are at least 1")
         self.block, self.layers, self.width, self.heads, self.dropout = block, layers, width, heads, dropout
         self.text = torch.frombuffer(bytearray(read_text(text, limit=limit)), dtype=torch.uint8)
         self.held_out = int(len(self.text) * HELD_OUT) // block * block
@@ -88,7 +88,13 @@ class CharLM(Task):
             )
 
     def model(self) -> nn.Module:
-        return GPT(self.block, self.layers, self.width, self.heads, self.dropout)
+        if self.width % (2 * self.heads):
+            below = max(self.width // (2 * self.heads), 1) * 2 * self.heads
+            raise ConfigError(
+                f"task.args.width {self.width} does not divide into pairs for {self.heads} heads",
+                hint=f"use width={below} or {below + 2 * self.heads}",
+            )
+        return GPT(self.layers, self.width, self.heads, self.dropout)
 
     def data(self, split: Split) -> Windows:
         boundary = len(self.text) - self.held_out
@@ -139,46 +145,50 @@ class CharRNN(CharLM):
 
 
 class GPT(nn.Module):
-    """int64 (samples, time <= block) -> logits (samples, time, 256). After Radford et al. 2019 (GPT-2)."""
+    """int64 (samples, time) -> logits (samples, time, 256). After Radford et al. 2019 (GPT-2)."""
 
-    def __init__(self, block: int, layers: int, width: int, heads: int, dropout: float) -> None:
+    def __init__(self, layers: int, width: int, heads: int, dropout: float) -> None:
         super().__init__()
+        self.pairs = width // heads // 2
         self.token = nn.Embedding(256, width)
-        self.position = nn.Embedding(block, width)
         self.blocks = nn.ModuleList(Block(width, heads, dropout) for _ in range(layers))
         self.norm = nn.LayerNorm(width)
         self.head = nn.Linear(width, 256, bias=False)
         for name, parameter in self.named_parameters():
             if parameter.dim() == 2:
-                residual = name.endswith(("attention.out.weight", "expand.2.weight"))
-                nn.init.normal_(parameter, std=0.02 / math.sqrt(2 * layers) if residual else 0.02)
+                residual = name.endswith(("attention.out.weight", "shrink.weight"))
+                deviation = 0.5 / math.sqrt(parameter.shape[1])
+                nn.init.normal_(parameter, std=deviation / math.sqrt(2 * layers) if residual else deviation)
+        nn.init.normal_(self.head.weight, std=0.02)  # no opinion at first
 
     def forward(self, tokens: Tensor) -> Tensor:
-        x = self.token(tokens) + self.position.weight[: tokens.shape[1]]
+        turns = rotations(tokens.shape[1], self.pairs, tokens.device)
+        x = self.token(tokens)
         for block in self.blocks:
-            x = block(x)
+            x = block(x, turns)
         logits: Tensor = self.head(self.norm(x))
         return logits
 
 
 class Block(nn.Module):
-    """x + attention(norm(x)), then x + mlp(norm(x))."""
+    """x + attention(norm(x)), then x + mlp(norm(x)); the mlp's activation is relu squared (So et al. 2021)."""
 
     def __init__(self, width: int, heads: int, dropout: float) -> None:
         super().__init__()
         self.before_attention, self.before_expand = nn.LayerNorm(width), nn.LayerNorm(width)
         self.attention = Attention(width, heads, dropout)
-        self.expand = nn.Sequential(nn.Linear(width, 4 * width), nn.GELU(), nn.Linear(4 * width, width))
+        self.expand, self.shrink = nn.Linear(width, 4 * width), nn.Linear(4 * width, width)
         self.dropout = nn.Dropout(dropout)
 
-    def forward(self, x: Tensor) -> Tensor:
-        x = x + self.dropout(self.attention(self.before_attention(x)))
-        out: Tensor = x + self.dropout(self.expand(self.before_expand(x)))
+    def forward(self, x: Tensor, turns: Pair) -> Tensor:
+        x = x + self.dropout(self.attention(self.before_attention(x), turns))
+        expanded = F.relu(self.expand(self.before_expand(x))).square()
+        out: Tensor = x + self.dropout(self.shrink(expanded))
         return out
 
 
 class Attention(nn.Module):
-    """Causal self-attention, (samples, time, width) -> the same."""
+    """Causal self-attention with rotary positions, (samples, time, width) -> the same."""
 
     def __init__(self, width: int, heads: int, dropout: float) -> None:
         super().__init__()
@@ -186,12 +196,27 @@ class Attention(nn.Module):
         self.qkv = nn.Linear(width, 3 * width)
         self.out = nn.Linear(width, width)
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor, turns: Pair) -> Tensor:
         samples, time, width = x.shape
         q, k, v = self.qkv(x).view(samples, time, 3, self.heads, width // self.heads).permute(2, 0, 3, 1, 4)
-        mixed = F.scaled_dot_product_attention(q, k, v, is_causal=True, dropout_p=self.dropout * self.training)
+        dropout = self.dropout if self.training else 0.0
+        mixed = F.scaled_dot_product_attention(turn(q, turns), turn(k, turns), v, is_causal=True, dropout_p=dropout)
         joined: Tensor = self.out(mixed.transpose(1, 2).reshape(samples, time, width))
         return joined
+
+
+def rotations(time: int, pairs: int, device: torch.device) -> Pair:
+    """Cosines and sines (time, pairs) of rotary positions: Su et al. 2021, arXiv:2104.09864."""
+    speed = 1000.0 ** -(torch.arange(pairs, device=device) / pairs)
+    angle = torch.arange(time, device=device)[:, None] * speed
+    return angle.cos(), angle.sin()
+
+
+def turn(x: Tensor, turns: Pair) -> Tensor:
+    """Each pair of x (..., time, 2 * pairs) turned by its position's angle: products then know distances only."""
+    a, b = x.chunk(2, -1)
+    cos, sin = (part.to(x.dtype) for part in turns)
+    return torch.cat([a * cos - b * sin, a * sin + b * cos], -1)
 
 
 class RNN(nn.Module):
