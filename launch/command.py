@@ -156,9 +156,11 @@ def _hydra(job: Job, mpi: Mpi, env: dict[str, str]) -> list[str]:
         argv += ["-genvall"]
         for name in sorted(env):
             argv += ["-genv", name, env[name]]
-    slots = {host.slots for host in job.hosts}
     if not job.remote:
         return [*argv, "-n", str(job.ranks), *job.flags, *job.program]
+    if mpi.family != "intel":
+        return [*argv, "-n", str(job.ranks), "-hosts", show(job.hosts), *job.flags, *job.program]
+    slots = {host.slots for host in job.hosts}
     if len(slots) == 1:
         names = ",".join(host.name for host in job.hosts)
         return [*argv, "-n", str(job.ranks), "-ppn", str(slots.pop()), "-hosts", names, *job.flags, *job.program]

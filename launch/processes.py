@@ -27,10 +27,12 @@ def members(session: int, run_id: str) -> list[int]:
     return found
 
 
-def ranks(session: int, program: Sequence[str]) -> set[int]:
-    """Process ids of the ranks in a session: those that run the program and were not started by one that does."""
-    wanted = [word.encode() for word in program]
-    running = {pid for pid in _all() if _session(pid) == session and _words(pid, "cmdline")[: len(wanted)] == wanted}
+def ranks(program: Sequence[str], run_id: str) -> set[int]:
+    """Process ids of the start's ranks here: those that run the program and were not started by one that does."""
+    wanted, mark = [word.encode() for word in program], f"{RUN_ID}={run_id}".encode()
+    running = {
+        pid for pid in _all() if _words(pid, "cmdline")[: len(wanted)] == wanted and mark in _words(pid, "environ")
+    }
     return {pid for pid in running if _parent(pid) not in running}
 
 

@@ -21,6 +21,7 @@ from harness.errors import Exit
 CONSEQUENCES = ("HorovodInternalError",)
 """Errors a rank has because another one failed first."""
 _SIGNALLED = re.compile(r"process rank (\d+) with PID \d+ on node (\S+) exited on signal (\d+)")
+_HYDRA = re.compile(r"EXIT STRING: .*\(signal (\d{1,2})\)")
 _MOST = 20_000
 
 
@@ -95,6 +96,8 @@ def _lost(code: int, returncode: int, status: Mapping[str, Any], noise: Sequence
             number = int(match[3])
             text = f"error: rank {match[1]} on {match[2]} was ended by {_signal(number)}{where}"
             return Ending(code, "failed", text + _reason(number), int(match[1]))
+        if match := _HYDRA.search(line):  # MPICH's launcher then returns the bare number of the signal
+            returncode = code = 128 + int(match[1])
     if returncode < 0:
         head = f"error: the launcher was ended by {_signal(-returncode)}{where}{_reason(-returncode)}"
     elif code > 128:

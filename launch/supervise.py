@@ -56,12 +56,12 @@ class _Requests:
 
 @dataclass
 class _Watch:
-    """When the ranks must be gone, and why; looks every half second."""
+    """When the ranks must be gone, and why; looks every second."""
 
     run: RunDir
     attempt: Attempt
-    session: int
     program: Sequence[str]
+    run_id: str
     seen: set[int] = field(default_factory=set)
     until: float = float("inf")
     reason: str | None = None
@@ -70,7 +70,7 @@ class _Watch:
     def overdue(self) -> bool:
         now = time.monotonic()
         if now >= self._next:
-            self._next = now + 0.5
+            self._next = now + 1.0
             self._look(now)
         return now > self.until
 
@@ -78,7 +78,7 @@ class _Watch:
         if any((self.attempt.root / "errors").glob("rank-*.json")):
             self._by(now + PATIENCE, "a rank failed, and the others did not end")
             return
-        running = processes.ranks(self.session, self.program)
+        running = processes.ranks(self.program, self.run_id)
         if self.seen and not running:
             self._by(now + PATIENCE, "the ranks of this host have ended, but the launcher did not")
         elif self.seen - running:
@@ -114,7 +114,7 @@ def supervise(command: Command, program: Sequence[str], run: RunDir, attempt: At
             raise Unavailable(f"{command.argv[0]} cannot be started: {error.strerror}", hint="harness check") from error
         tagged = Path(command.argv[0]).name == "horovodrun"
         streams = _Streams(process, log, tagged)
-        watch = _Watch(run, attempt, process.pid, program)
+        watch = _Watch(run, attempt, program, run_id)
         try:
             with _handling(requests):
                 killed = _follow(process, streams, watch, requests, run, run_id)
@@ -255,7 +255,7 @@ def _say(text: str) -> None:
 
 def _write(target: int, data: bytes) -> None:
     """To the terminal or file behind our stdout or stderr. A reader that has gone away does not end the run."""
-    (sys.stdout if target == 1 else sys.stderr).flush()
-    with contextlib.suppress(OSError):
+    with contextlib.suppress(OSError, ValueError):
+        (sys.stdout if target == 1 else sys.stderr).flush()
         while data:
             data = data[os.write(target, data) :]

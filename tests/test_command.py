@@ -9,7 +9,9 @@ from __future__ import annotations
 import itertools
 import os
 import shlex
+import shutil
 import subprocess
+import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -21,7 +23,7 @@ from hypothesis import strategies as st
 from harness.errors import UsageError
 from launch.command import Command, Job, build
 from launch.mpi import Mpi
-from launch.nodelist import Host
+from launch.nodelist import Host, parse_hosts
 
 GOLDEN = Path(__file__).parent / "golden" / "commands"
 PROGRAM = ("/env/bin/python", "-m", "harness", "/data/runs/a b")
@@ -170,21 +172,21 @@ def test_real_mpirun_takes_it(case: str, tmp_path: Path) -> None:
     from launch.mpi import find
 
     mpi = find()
-    code = "import os; print(*sorted((k, v) for k, v in os.environ.items() if k in ('OMP_NUM_THREADS', 'FROM_CONFIG')))"
+    code = "import os; os.write(1, '{FROM_CONFIG} {OMP_NUM_THREADS}\\n'.format(**os.environ).encode())"
     job, _ = _job("openmpi4", case)
     job = replace(
         job,
-        program=(os.sys.executable, "-c", code),
+        program=(sys.executable, "-c", code),
         root=os.geteuid() == 0,
         env={"FROM_CONFIG": "a b"},
-        hosts=(Host("localhost", 3),),  # type: ignore[attr-defined]
+        hosts=(Host("localhost", 3),),
     )
     command = build(job, mpi)
     done = subprocess.run(
         command.argv, env=os.environ | command.env, capture_output=True, text=True, timeout=60, check=False
     )
     assert (done.returncode, done.stderr) == (0, "")
-    assert done.stdout.splitlines() == ["('FROM_CONFIG', 'a b') ('OMP_NUM_THREADS', '8')"] * 3
+    assert done.stdout.splitlines() == ["a b 8"] * 3
 
 
 @pytest.mark.mpi
@@ -201,3 +203,19 @@ def test_real_mpirun_takes_the_flags_of_other_hosts() -> None:
     unset = {name for name in INHERITED if name not in os.environ}
     noise = [line for line in done.stderr.splitlines() if not any(name in line for name in unset)]
     assert done.returncode == 0, noise
+
+
+@pytest.mark.mpi
+@pytest.mark.skipif(shutil.which("mpiexec.hydra") is None, reason="MPICH's launcher is not installed")
+@pytest.mark.parametrize("hosts", ["localhost:3", "localhost:2,127.0.0.1:1", "localhost:2,127.0.0.1:2"])
+def test_real_hydra_takes_it(hosts: str) -> None:
+    job, mpi = _job("mpich", "single node")
+    assert mpi is not None
+    code = "import os; os.write(1, '{PMI_RANK} {FROM_CONFIG}\\n'.format(**os.environ).encode())"
+    job = replace(job, program=(sys.executable, "-c", code), hosts=parse_hosts(hosts), env={"FROM_CONFIG": "a b"})
+    command = build(job, replace(mpi, path=str(shutil.which("mpiexec.hydra"))))
+    done = subprocess.run(
+        command.argv, env=os.environ | command.env, capture_output=True, text=True, timeout=60, check=False
+    )
+    assert (done.returncode, done.stderr) == (0, "")
+    assert sorted(done.stdout.splitlines()) == [f"{rank} a b" for rank in range(job.ranks)]

@@ -73,6 +73,14 @@ def test_the_launchers_words_name_the_rank() -> None:
     assert "the launcher said:\n  | not enough slots" in text
 
 
+def test_hydra_names_the_signal() -> None:
+    ending = judge(
+        [], {}, attempt=1, returncode=9, noise=["YOUR APPLICATION TERMINATED WITH THE EXIT STRING: Killed (signal 9)"]
+    )
+    assert ending.code == 137
+    assert "the ranks were ended by SIGKILL" in ending.text
+
+
 def test_memory_is_suspected_after_a_kill() -> None:
     assert "too little memory" in judge([], {}, attempt=1, returncode=-9).text
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -91,7 +92,7 @@ def launch(tmp_path: Path):
 
 
 def test_a_run_that_finishes(launch) -> None:
-    run = launch('print(f"hello from {me.rank}"); status("finished") if me.rank == 0 else None')
+    run = launch('say(f"hello from {me.rank}"); status("finished") if me.rank == 0 else None')
     code, out, err = run.wait()
     assert code == 0, err
     assert sorted(out.splitlines()) == ["hello from 0", "hello from 1"]
@@ -165,8 +166,7 @@ def test_a_rank_that_is_killed(launch) -> None:
     code, _, err = run.wait(30)
     assert time.monotonic() - began < 10.5
     assert code == 137
-    assert "was ended by SIGKILL, last seen at step 7" in err
-    assert "error: rank" in err
+    assert re.search(r"^error: .* ended by SIGKILL, last seen at step 7$", err, re.MULTILINE)
     assert run.left() == []
 
 
@@ -345,7 +345,7 @@ def test_a_reader_that_goes_away_does_not_end_the_run(launch) -> None:
 @pytest.mark.parametrize("controller", ["mpi", "gloo"])
 def test_horovodrun_without_its_tags(launch, controller: str) -> None:
     run = launch(
-        'print(f"hello from {me.rank}"); status("finished") if me.rank == 0 else None',
+        'say(f"hello from {me.rank}"); status("finished") if me.rank == 0 else None',
         DRIVE_LAUNCHER="horovodrun",
         HOROVOD_CONTROLLER=controller,
     )

@@ -16,6 +16,11 @@ attempt = run.attempt(int(os.environ["HARNESS_ATTEMPT"]))
 (attempt.root / f"pid-{me.rank}").write_text(str(os.getpid()))
 
 
+def say(text: str) -> None:
+    """One line in one write, so that lines of several ranks do not mix."""
+    os.write(1, f"{text}\n".encode())
+
+
 def status(state: str, **more: object) -> None:
     write_json(run.status, {"state": state, "step": 7, "attempt": attempt.number, "world": me.size, **more})
 
@@ -47,4 +52,4 @@ def sleep_stubbornly(seconds: float = 120.0) -> None:
         time.sleep(0.2)
 
 
-__all__ = ["attempt", "everybody_is_here", "fail", "json", "me", "run", "sleep_stubbornly", "status", "time"]
+__all__ = ["attempt", "everybody_is_here", "fail", "json", "me", "run", "say", "sleep_stubbornly", "status", "time"]
