@@ -112,10 +112,10 @@ PY
 
 install_packages() {
     requirements >"$state/requirements.txt"
-    # The last line is what the builds need. pip would compile the .pyc files on one core; compileall takes them all.
+    # The last line is what the builds need. --no-compile: half a minute for .pyc files that are mostly never used; those of
+    # the modules that are used are written by check_environment, which imports them.
     "$venv_python" -m pip install "${pip_args[@]}" --no-compile -c "$here/constraints.txt" -r "$state/requirements.txt" \
         pip setuptools wheel packaging cffi cython pkgconfig
-    "$venv_python" -m compileall -q -j 0 "$root/.venv/lib" || true # some packages carry files for other Pythons
 }
 
 # fit_mpi4py: its wheel brings no MPI and looks for one when it is imported. Where that is not the one behind mpicc, it is
@@ -168,6 +168,8 @@ import torch
 from mpi4py import MPI
 import h5py
 import horovod.torch as hvd
+import hypothesis, jinja2, mypy, psutil, pydantic, pytest, rich.progress, ruamel.yaml, sklearn.datasets, typer, xxhash
+import torch.utils.tensorboard
 import harness, launch
 
 libraries = set(re.findall(r"/\S*/libmpi(?:_cray|ch)?\.so\S*", open("/proc/self/maps").read()))
@@ -266,7 +268,7 @@ main() {
         return
     fi
     # packages of a loaded environment module must not stand in for those of .venv
-    unset PYTHONPATH PYTHONHOME PIP_USER PIP_TARGET PIP_PREFIX PIP_REQUIRE_VIRTUALENV
+    unset PYTHONPATH PYTHONHOME PYTHONDONTWRITEBYTECODE PIP_USER PIP_TARGET PIP_PREFIX PIP_REQUIRE_VIRTUALENV
     export PYTHONNOUSERSITE=1 PIP_DISABLE_PIP_VERSION_CHECK=1
     read -r -a pip_args <<<"${HARNESS_PIP_ARGS-}"
 
