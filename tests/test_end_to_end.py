@@ -152,11 +152,11 @@ def test_an_exception_on_one_rank_is_the_cause_that_is_told(folder: Path, rank: 
     done = run(folder, "run.yaml", "task.name=tasks_for_tests:Raises", f"task.args.rank={rank}", "-n", "2")
     assert done.returncode == 1
     cause = error(folder)
-    assert (cause["rank"], cause["step"], cause["section"]) == (rank, 2, "forward/backward")
+    assert (cause["rank"], cause["step"], cause["section"]) == (rank, 4, "forward/backward")
     assert (cause["type"], cause["message"]) == ("ValueError", "label 17 is out of range")
     told = done.stdout + done.stderr
     assert f"rank {rank}" in told
-    assert "step 2" in told
+    assert "step 4" in told
     assert "forward/backward" in told
     assert told.count("label 17 is out of range") <= 2
     assert "in trouble" in told
@@ -239,10 +239,10 @@ def test_ctrl_c_twice_ends_at_once(folder: Path) -> None:
 
 WRONG = {
     "missing file": (["nope.yaml"], 66, "nope.yaml"),
-    "unknown key": (["run.yaml", "optm.lr=1"], 78, "did you mean optim.lr"),
+    "unknown key": (["run.yaml", "optim.lrr=1"], 78, "did you mean optim.lr?"),
     "wrong type": (["run.yaml", "train.steps=many"], 78, "'many' is not a whole number"),
     "batch": (["run.yaml", "train.global_batch=15", "-n", "2"], 78, "train.global_batch=14 or 16"),
-    "slots": (["run.yaml", "-n", "4", "-H", "localhost:2"], 64, "4 ranks"),
+    "slots": (["run.yaml", "-n", "4", "-H", "localhost:2"], 69, "4 ranks are more than the 2 slots"),
     "task module": (["run.yaml", "task.name=no_such_module:X"], 78, "there is no module 'no_such_module'"),
     "task class": (["run.yaml", "task.name=tasks_for_tests:Nope"], 78, "has no Nope"),
     "task methods": (["run.yaml", "task.name=tasks_for_tests:Incomplete"], 78, "no data and no loss"),

@@ -11,14 +11,15 @@ import numpy as np
 import pytest
 from support import needs_mpirun, ranks
 
+ALL, ONE_TASK = "test", "not training or digits"  # pytest's -k: whole training runs of every task, or of one
 CASES = [
-    ("none", 1, "none"),
-    ("mpirun", 1, "mpi"),
-    ("mpirun", 2, "mpi"),
-    ("mpirun", 4, "mpi"),
-    ("horovodrun-mpi", 2, "mpi"),
-    ("horovodrun-gloo", 2, "gloo"),
-    ("horovodrun-gloo", 4, "gloo"),
+    ("none", 1, "none", ONE_TASK),
+    ("mpirun", 1, "mpi", ALL),
+    ("mpirun", 2, "mpi", ALL),
+    ("mpirun", 4, "mpi", ALL),
+    ("horovodrun-mpi", 2, "mpi", ONE_TASK),
+    ("horovodrun-gloo", 2, "gloo", ONE_TASK),
+    ("horovodrun-gloo", 4, "gloo", ONE_TASK),
 ]
 TRAINED = ("linear", "digits", "charlm", "rnn", "word2vec")
 
@@ -29,12 +30,12 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @functools.cache
-def contract(launcher: str, count: int, controller: str, folder: Path) -> str | None:
+def contract(launcher: str, count: int, controller: str, which: str, folder: Path) -> str | None:
     """Run all contract tests once; None when they pass, else what was printed."""
     out = Path(tempfile.mkdtemp(dir=folder))
     done = ranks(
         count,
-        ["-m", "pytest", "-q", "-p", "no:cacheprovider", "--timeout=200", "tests/ranks"],
+        ["-m", "pytest", "-q", "-p", "no:cacheprovider", "--timeout=200", "-k", which, "tests/ranks"],
         launcher=launcher,
         env={"HARNESS_RANKS": str(count), "HARNESS_CONTROLLER": controller, "HARNESS_OUT": str(out)},
         timeout=600,
@@ -48,9 +49,9 @@ def contract(launcher: str, count: int, controller: str, folder: Path) -> str | 
 @needs_mpirun
 @pytest.mark.mpi
 @pytest.mark.timeout(600)
-@pytest.mark.parametrize(("launcher", "count", "controller"), CASES)
-def test_contract(launcher: str, count: int, controller: str, folder: Path) -> None:
-    failure = contract(launcher, count, controller, folder)
+@pytest.mark.parametrize(("launcher", "count", "controller", "which"), CASES, ids=lambda value: str(value).split()[0])
+def test_contract(launcher: str, count: int, controller: str, which: str, folder: Path) -> None:
+    failure = contract(launcher, count, controller, which, folder)
     assert failure is None, failure
 
 
@@ -61,7 +62,7 @@ def test_contract(launcher: str, count: int, controller: str, folder: Path) -> N
 def test_loss_curves_do_not_depend_on_the_number_of_ranks(task: str, folder: Path) -> None:
     """Losses of all steps and evaluations; what differs is the order of float additions."""
     for count in (1, 2, 4):
-        assert contract("mpirun", count, "mpi", folder) is None
+        assert contract("mpirun", count, "mpi", ALL, folder) is None
     one, two, four = (json.loads((folder / f"mpirun-curve-{task}-{count}.json").read_text()) for count in (1, 2, 4))
     assert len(one) == 10
     np.testing.assert_allclose(two, one, rtol=1e-4)
