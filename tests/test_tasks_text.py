@@ -81,6 +81,16 @@ def test_language_models_learn_and_write(model: str, tmp_path: Path) -> None:
     assert task.report(net) == task.report(net)
 
 
+def test_a_sample_does_not_upset_the_terminal() -> None:
+    """An untrained model writes any bytes, escape sequences among them."""
+    task = CharLM(block=16, layers=1, width=8, heads=1, limit=10_000)
+    torch.manual_seed(0)
+    written = task.report(task.model())
+    assert written.startswith("sample: ")
+    assert len(written) > 50
+    assert written.isprintable()
+
+
 def test_attention_does_not_look_ahead() -> None:
     torch.manual_seed(0)
     model = GPT(layers=2, width=16, heads=2, dropout=0.0)
