@@ -27,6 +27,14 @@ MANIFEST = "manifest.json"
 TEMPORARY = ".tmp-"
 
 
+def make_directories(path: Path) -> None:
+    """Make a directory and those above it, durably."""
+    if not path.is_dir():
+        make_directories(path.parent)
+        path.mkdir(exist_ok=True)
+        sync_directory(path.parent)
+
+
 def begin(temporary: Path, layout: Layout, head: bytes, *, superblock: bool) -> None:
     """Make the data file in the existing directory `temporary`: full size, HDF5 metadata, holes for the tensors."""
     descriptor = os.open(temporary / DATA, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o644)

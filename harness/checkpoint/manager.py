@@ -152,7 +152,7 @@ class Manager:
         """Rank 0: the temporary directory with the data file in it."""
         if self.comm.rank != 0:
             return None, None
-        self.directory.mkdir(parents=True, exist_ok=True)
+        commit.make_directories(self.directory)
         if self._saves == 0:
             for left in store.clean(self.directory):
                 self._log(f"removed {left.name}, which an earlier program left unfinished")
