@@ -48,9 +48,11 @@ TEXT
 
 # step TITLE HINT COMMAND...: runs COMMAND with its output in the log. A failure ends the set-up with the log's last lines.
 step() {
-    local title="[$((++number))/$steps] $1" hint=$2 began=$SECONDS status=0
+    local title="[$((++number))/$steps] $1" hint=$2 began=$SECONDS status=0 before columns
     shift 2
+    columns=$(tput cols 2>/dev/null) || columns=80
     printf '\n==== %s\n' "$title" >>"$log"
+    before=$(wc -l <"$log")
     printf '%s ...' "$title"
     set -m # a process group of its own, so that an interrupt ends all of it
     (
@@ -60,7 +62,7 @@ step() {
     job=$!
     set +m
     while kill -0 "$job" 2>/dev/null; do
-        [[ ! -t 1 ]] || printf '\r%s ... %d s ' "$title" $((SECONDS - began))
+        [[ ! -t 1 ]] || printf '\r%.*s ... %d s' $((columns - 12)) "$title" $((SECONDS - began))
         sleep 0.2
     done
     wait "$job" || status=$?
@@ -68,7 +70,7 @@ step() {
     [[ ! -t 1 ]] || printf '\r%s ...' "$title"
     if ((status != 0)); then
         printf ' FAILED after %d s. The last lines of %s:\n\n' $((SECONDS - began)) "$log"
-        tail -n 25 "$log" | sed 's/^/    /'
+        tail -n "+$((before + 1))" "$log" | tail -n 25 | sed 's/^/    /'
         printf '\n%s\nWhat is done stays done: the same command goes on from this step.\n' "$hint"
         exit 1
     fi
@@ -255,9 +257,10 @@ choose_mode() {
             say "--gpu: the torch in .venv is a CPU build. Let pip find a CUDA build (HARNESS_PIP_ARGS), \"rm -rf .venv\", again." >&2
             exit 69
         fi
-        say "The torch installed here is a CPU build, so Horovod is built without CUDA."
+        say "      torch is a CPU build here, so Horovod is built without CUDA."
         mode=cpu
     fi
+    [[ $mode == cpu ]] || say "      Horovod is built with CUDA and NCCL."
     echo "$mode" >"$state/mode"
 }
 
@@ -291,13 +294,13 @@ main() {
     python=$(find_python)
     hdf5=$(find_hdf5)
     step "Virtual environment from $python" "Remove .venv and try again, or choose another Python with --python." make_venv
-    step "torch, mpi4py and the other Python packages, 1-5 minutes" \
+    step "torch and the other Python packages: 1-5 min" \
         "Does pip reach its package index from here? See HARNESS_PIP_ARGS in \"bash launch/setup.sh --help\"." install_packages
     mpi=$(mpi_library 2>>"$log") || mpi=$(mpi_version)
     choose_mode
     about='from the wheelhouse'
-    { wheel_in "$(horovod_folder)" && wheel_in "$(h5py_folder)"; } >/dev/null || about='building, 5 minutes on 2 cores'
-    step "Horovod $(pinned horovod) ($mode) and parallel h5py $(pinned h5py): $about" \
+    { wheel_in "$(horovod_folder)" && wheel_in "$(h5py_folder)"; } >/dev/null || about='building, 5 min on 2 cores'
+    step "Horovod $(pinned horovod) and parallel h5py $(pinned h5py): $about" \
         "Search the log for the first \"error\". A library or header that is missing may need \"module load\"." build_all
     step "Installing them and harness" "Is the disk full?" install_project
     step "Checking" "\"rm -rf .venv .setup\" starts over; wheels that are at fault are in $wheelhouse." check_environment
