@@ -26,7 +26,7 @@ LAUNCH = ROOT / "launch"
 SCRIPTS = [*sorted(LAUNCH.glob("*.sh")), ROOT / ".ci/run"]
 TOOLS = """
 basename bash cat chmod cp cut date dirname env flock grep head id ls mkdir mktemp mv nproc paste printf readlink
-realpath rm sed sha256sum sleep sort tail touch tr uname
+realpath rm sed sha256sum sleep sort tail touch tr uname wc
 """
 
 
