@@ -18,9 +18,9 @@ import sys
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
+from io import FileIO
 from pathlib import Path
 from types import FrameType
-from typing import IO
 
 from harness.errors import Exit, Unavailable
 from harness.rundir import Attempt, RunDir, storage_errors
@@ -29,7 +29,7 @@ from launch.command import Command
 from launch.console import Parted
 from launch.report import Ending, judge
 
-PATIENCE = 6.0
+PATIENCE = 5.0
 """Seconds the ranks have to end by themselves after the first error file or the first rank that is gone."""
 GRACE = 3.0
 """Seconds between TERM and KILL; with PATIENCE a failed job is gone within 10 s."""
@@ -56,12 +56,13 @@ class _Requests:
 
 @dataclass
 class _Watch:
-    """When the ranks must be gone, and why; looks every second."""
+    """When the ranks must be gone, and why. Ranks on other hosts, or that srun started, are not seen."""
 
     run: RunDir
     attempt: Attempt
     program: Sequence[str]
     run_id: str
+    began: float = field(default_factory=time.monotonic)
     seen: set[int] = field(default_factory=set)
     until: float = float("inf")
     reason: str | None = None
@@ -70,7 +71,7 @@ class _Watch:
     def overdue(self) -> bool:
         now = time.monotonic()
         if now >= self._next:
-            self._next = now + 1.0
+            self._next = now + (1.0 if self.seen or now - self.began > 30 else 0.25)  # often, until the ranks are known
             self._look(now)
         return now > self.until
 
@@ -78,13 +79,15 @@ class _Watch:
         if any((self.attempt.root / "errors").glob("rank-*.json")):
             self._by(now + PATIENCE, "a rank failed, and the others did not end")
             return
+        status = self.run.read_status()
+        over = status.get("attempt") == self.attempt.number and status.get("state") in ("finished", "stopped")
         running = processes.ranks(self.program, self.run_id)
+        if over:
+            self._by(now + LINGER, "the run was over, but its processes did not end")
         if self.seen and not running:
             self._by(now + PATIENCE, "the ranks of this host have ended, but the launcher did not")
-        elif self.seen - running:
-            status = self.run.read_status()
-            over = status.get("attempt") == self.attempt.number and status.get("state") in ("finished", "stopped")
-            self._by(now + (LINGER if over else PATIENCE), "a rank ended without a word, and the others waited for it")
+        elif self.seen - running and not over:
+            self._by(now + PATIENCE, "a rank ended without a word, and the others waited for it")
         self.seen |= running
 
     def _by(self, until: float, reason: str) -> None:
@@ -100,7 +103,9 @@ def supervise(command: Command, program: Sequence[str], run: RunDir, attempt: At
     """
     requests = _Requests()
     environment = os.environ | command.env | {processes.RUN_ID: run_id}
-    with storage_errors(attempt.root), open(attempt.root / "launcher.log", "wb") as log:
+    with storage_errors(attempt.root):
+        log = open(attempt.root / "launcher.log", "wb", buffering=0)  # noqa: SIM115 - closed below
+    with log:
         try:
             process = subprocess.Popen(
                 command.argv,
@@ -191,7 +196,7 @@ def _next_step(run: RunDir) -> str:
 class _Streams:
     """The launcher's stdout and stderr: raw into the log, without noise onto ours."""
 
-    def __init__(self, process: subprocess.Popen[bytes], log: IO[bytes], tagged: bool) -> None:
+    def __init__(self, process: subprocess.Popen[bytes], log: FileIO, tagged: bool) -> None:
         self._selector = selectors.DefaultSelector()
         self._log = log
         self._logged = 0
@@ -218,8 +223,8 @@ class _Streams:
                 continue
             if self._logged < LOG_LIMIT:
                 self._logged += len(data)
-                self._log.write(data)
-                self._log.flush()
+                with contextlib.suppress(OSError):  # a full disk is the ranks' to report, and no reason to end them
+                    self._log.write(data)
             _write(target, parted.feed(data))
         if not events:
             for parted, target in self._parts:
