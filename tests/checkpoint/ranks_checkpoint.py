@@ -135,6 +135,27 @@ class Checks:
             train(state["model"], state["optimizer"], range(2, 4))
             assert as_bits(state) == as_bits(straight)
 
+    def check_horovods_optimizer(self) -> None:
+        hvd = sys.modules.get("horovod.torch")
+        if hvd is None:
+            return  # only the jobs without MPI have Horovod here; the training loop's tests have both
+
+        def make(seed: int) -> dict[str, Any]:
+            model = Net(seed)
+            optimizer = torch.optim.AdamW(model.parameters(), lr=0.1)
+            return {"model": model, "optimizer": hvd.DistributedOptimizer(optimizer, model.named_parameters())}
+
+        straight = make(1)
+        train(straight["model"], straight["optimizer"], range(2))
+        manager = self.manager("horovod")
+        manager.save(2, State(**straight))
+        resumed = make(2)
+        assert manager.restore(State(**resumed)) == 2
+        assert as_bits(resumed) == as_bits(straight)
+        for state in (straight, resumed):
+            train(state["model"], state["optimizer"], range(2, 5))
+        assert as_bits(resumed) == as_bits(straight)
+
     def check_buffers_may_differ_and_are_those_of_rank_0(self) -> None:
         for engine in self.engines:
             manager = self.manager("buffers", engine=engine)

@@ -379,6 +379,23 @@ def test_damaged_tensors_are_named_and_the_checkpoint_is_marked(tmp_path: Path) 
     assert latest(tmp_path) is None and manager(tmp_path).restore(State(tensors=tensors)) is None
 
 
+def test_data_and_digests_that_were_changed_together_are_found(tmp_path: Path) -> None:
+    saved(tmp_path, range(1, 3))
+    first = bits_at(tmp_path, 1)
+    path = tmp_path / "step-00000002"
+    manifest, _ = check(path)
+    layout = manifest.layout
+    with open(path / "data.h5", "r+b") as file:
+        file.seek(layout.data_start)
+        block = bytearray(file.read(layout.block_range(0)[1] - layout.data_start))
+        block[0] ^= 1
+        file.seek(layout.data_start)
+        file.write(block)
+        file.seek(layout.head)
+        file.write(xxhash.xxh3_64_intdigest(block).to_bytes(8, "little"))
+    assert restored(tmp_path)[:2] == (1, first)
+
+
 def test_two_bad_ones_and_the_third_is_used(tmp_path: Path) -> None:
     saved(tmp_path, range(1, 4), keep=None)
     first = bits_at(tmp_path, 1)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import uuid
 from pathlib import Path
 
@@ -11,6 +12,7 @@ from samples import manager
 from support import needs_mpirun, ranks
 
 from harness.checkpoint import Manager, Single, State, detect
+from harness.checkpoint.engines import EngineName
 from harness.checkpoint.engines.mpio import unavailable
 from harness.errors import Unavailable
 
@@ -56,6 +58,25 @@ def test_one_process_can_use_mpio(tmp_path: Path) -> None:
     alone.save(5, State(**trained_state()))
     assert alone.restore(State(**state)) == 5
     assert as_bits(state) == as_bits(trained_state())
+
+
+@pytest.mark.parametrize("engine", ["direct", "mpio"])
+def test_every_rank_makes_durable_what_it_wrote(
+    engine: EngineName, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Ranks on other nodes than rank 0's have page caches of their own."""
+    if engine == "mpio" and unavailable(Single()) is not None:
+        pytest.skip("this h5py has no MPI")
+    original = os.fdatasync
+    synced: list[str] = []
+
+    def fdatasync(descriptor: int) -> None:
+        synced.append(os.readlink(f"/proc/self/fd/{descriptor}"))
+        original(descriptor)
+
+    monkeypatch.setattr(os, "fdatasync", fdatasync)
+    Manager(tmp_path, Single(), engine=engine).save(5, State(extra={}))
+    assert [Path(path).name for path in synced] == ["data.h5"]
 
 
 def test_ranks_that_nothing_connects_are_not_taken_for_one(monkeypatch: pytest.MonkeyPatch) -> None:
