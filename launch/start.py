@@ -13,9 +13,11 @@ import sys
 import time
 import uuid
 
+from harness.errors import StorageError
 from harness.rundir import RunDir, storage_errors, write_json
 from launch import processes
 from launch.plan import Plan
+from launch.report import Ending
 from launch.supervise import supervise
 
 
@@ -49,6 +51,19 @@ def start(plan: Plan, run: RunDir) -> int:
     for note in plan.notes:
         print(f"note: {note}", file=sys.stderr, flush=True)
     ending = supervise(plan.command, plan.job.program, run, attempt, run_id=run_id)
+    if ending.state == "failed":
+        _record_failure(run, ending, attempt.number)
     if ending.text:
         print(ending.text, file=sys.stderr, flush=True)
     return int(ending.code)
+
+
+def _record_failure(run: RunDir, ending: Ending, attempt: int) -> None:
+    """Say in the status what rank 0 could not: it may have died, or another rank's failure has ended it."""
+    status = run.read_status()
+    first = next((line for line in ending.text.splitlines() if line.strip()), "")
+    changes = {"state": "failed", "summary": first.removeprefix("error: "), "attempt": attempt, "time": time.time()}
+    try:
+        write_json(run.status, status | changes)
+    except StorageError as error:  # the report matters more
+        print(f"note: {error}", file=sys.stderr, flush=True)
