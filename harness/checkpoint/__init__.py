@@ -17,8 +17,9 @@ bytes are there. Digests: `digest`; the order of things in the file: `layout`; h
 
 from __future__ import annotations
 
+from harness.checkpoint.agree import SaveFailed
 from harness.checkpoint.comm import Comm, Horovod, Mpi, Single, detect
-from harness.checkpoint.manager import Manager, SaveFailed
+from harness.checkpoint.manager import Manager
 from harness.checkpoint.policy import Keep, keep_all, keep_best, keep_every, keep_last
 from harness.checkpoint.reader import Checkpoint, open_checkpoint
 from harness.checkpoint.state import State

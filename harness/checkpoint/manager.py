@@ -21,18 +21,18 @@ import errno
 import logging
 import os
 import shutil
-import socket
 import time
 import uuid
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import numpy as np
 import xxhash
 
 from harness.checkpoint import commit, store
+from harness.checkpoint.agree import SaveFailed, describe, together, wait_for
 from harness.checkpoint.comm import Comm, Json, detect
 from harness.checkpoint.digest import root
 from harness.checkpoint.engines import EngineName, choose
@@ -44,18 +44,12 @@ from harness.checkpoint.policy import Keep, keep_last
 from harness.checkpoint.reader import load
 from harness.checkpoint.replicas import compare
 from harness.checkpoint.schema import schema_hash, schema_lines
-from harness.checkpoint.state import Restore, Snapshot, State, complain, prepare, take
+from harness.checkpoint.snapshot import Restore, Snapshot
+from harness.checkpoint.state import State, complain, prepare, take
 from harness.checkpoint.tree import encode
-from harness.errors import DataError, HarnessError, StorageError
+from harness.errors import DataError, HarnessError
 
-T = TypeVar("T")
-_VISIBLE = 10.0
-"""Seconds within which a file that rank 0 has made must be there for the other ranks."""
 _SPARE = 16 << 20
-
-
-class SaveFailed(StorageError):
-    """A checkpoint was not saved. Raised on all ranks alike; the earlier checkpoints are as they were."""
 
 
 class Manager:
@@ -91,11 +85,11 @@ class Manager:
 
         Raises SaveFailed, on all ranks alike.
         """
-        taken, _ = self._together(step, "while the state was being collected", lambda: _collect(step, state, metrics))
+        taken, _ = together(self.comm, step, "while it collected the state", lambda: _collect(step, state, metrics))
         self._require_same(taken)
 
         identity = uuid.uuid4().hex
-        begun, opening = self._together(step, "before anything was written", lambda: self._begin(taken, identity))
+        begun, opening = together(self.comm, step, "before anything was written", lambda: self._begin(taken, identity))
         temporary = self.directory / opening[0]["name"]
         try:
             if begun is None:  # not rank 0, which has laid out the file and knows how much room its metadata takes
@@ -176,7 +170,7 @@ class Manager:
     def _write(self, taken: _Taken, form: _Form, temporary: Path, identity: str) -> Path:
         step, layout, data = taken.step, form.layout, temporary / commit.DATA
         buffers = [taken.snapshot.buffers[leaf.name] for leaf in layout.leaves]
-        self._together(step, "when it opened the new file", lambda: _wait_for(data, layout.data_end))
+        together(self.comm, step, "when it opened the new file", lambda: wait_for(data, layout.data_end))
         if self._check_replicas and self._saves % self._check_replicas == 0:
             self._compare(layout, buffers)
 
@@ -185,7 +179,7 @@ class Manager:
             digests = self._engine.write(data, layout, plan, buffers, self.comm)
             return None, [[block, f"{value:x}"] for block, value in digests.items()]
 
-        _, digests = self._together(step, "while it wrote its part", write)
+        _, digests = together(self.comm, step, "while it wrote its part", write)
         final = temporary.with_name(temporary.name.partition(commit.TEMPORARY)[0])
 
         def finish() -> tuple[None, Json]:
@@ -193,7 +187,7 @@ class Manager:
                 self._commit(taken, form, digests, temporary, final, identity)
             return None, None
 
-        self._together(step, "while it committed it", finish)
+        together(self.comm, step, "while it committed it", finish)
         self._saves += 1
         if self.comm.rank == 0:
             self._prune()
@@ -282,7 +276,7 @@ class Manager:
             restore = prepare(state, manifest, partial=partial)
             problem = [*restore.problems]
         except Exception as error:
-            problem = _describe(error)
+            problem = describe(error)
         for found in self.comm.all_gather(problem):
             if isinstance(found, dict):
                 raise DataError(f"{path} cannot be restored: {found['message']}", hint=found["hint"])
@@ -293,7 +287,7 @@ class Manager:
         try:
             restore.finish()
         except Exception as error:
-            problem = _describe(error)
+            problem = describe(error)
         for rank, found in enumerate(self.comm.all_gather(problem)):
             if isinstance(found, dict):
                 raise DataError(f"{path} could not be handed over on rank {rank}: {found['message']}")
@@ -308,31 +302,6 @@ class Manager:
                 store.mark_damaged(path, error.message)
             except OSError as failure:
                 self._log(f"{path} could not be marked as damaged: {failure}")
-
-    # Agreement
-
-    def _together(self, step: int, when: str, work: Callable[[], tuple[T, Json]]) -> tuple[T, list[Any]]:
-        """Work that every rank does by itself and that returns (result, message): its result, all ranks' messages.
-
-        Raises SaveFailed on all ranks where one of them could not do it. Collective.
-        """
-        failure: Exception | None = None
-        message: Json = None
-        try:
-            result, message = work()
-        except Exception as error:
-            failure = error
-        votes: list[Any] = self.comm.all_gather({"message": message, "error": _describe(failure)})
-        failed = [(rank, vote["error"]) for rank, vote in enumerate(votes) if vote["error"]]
-        if failed:
-            rank, told = failed[0]
-            others = f" (and {len(failed) - 1} other ranks)" if len(failed) > 1 else ""
-            place = f"rank {rank} on {told['host']}{others}" if self.comm.size > 1 else "it"
-            raise SaveFailed(
-                f"the checkpoint of step {step} was not saved: {place} failed {when}: {told['message']}",
-                hint=told["hint"],
-            ) from failure
-        return result, [vote["message"] for vote in votes]
 
     def _require_same(self, taken: _Taken) -> None:
         """All ranks save the same step and the same tensors, else SaveFailed says where they differ."""
@@ -384,34 +353,3 @@ def _collect(step: int, state: State, metrics: Mapping[str, float] | None) -> tu
     encoded: Any = encode(dict(metrics or {}), "metrics", {})
     snapshot = take(state)
     return _Taken(step, snapshot, schema_hash(snapshot.leaves, snapshot.aliases), encoded), None
-
-
-def _describe(error: Exception | None) -> Json:
-    if error is None:
-        return None
-    hint = error.hint if isinstance(error, HarnessError) else None
-    if isinstance(error, OSError):
-        message = f"{error.strerror or error}" + (f": {error.filename}" if error.filename else "")
-        if error.errno in (errno.ENOSPC, errno.EDQUOT):
-            hint = "free some space, or keep fewer checkpoints"
-    else:
-        message = error.message if isinstance(error, HarnessError) else f"{type(error).__name__}: {error}"
-    return {"host": socket.gethostname(), "message": message, "hint": hint}
-
-
-def _wait_for(path: Path, size: int) -> tuple[None, Json]:
-    """Until the file that rank 0 made is there. Raises StorageError where this rank does not get to see it."""
-    deadline = time.monotonic() + _VISIBLE
-    while True:
-        try:
-            found = os.stat(path).st_size
-            if found == size:
-                return None, None
-        except FileNotFoundError:
-            found = None
-        if time.monotonic() > deadline:
-            raise StorageError(
-                f"{path} is not there" if found is None else f"{path} has {found} bytes here, not {size}",
-                hint="all ranks must see the same directory: is it on a shared file system?",
-            )
-        time.sleep(0.05)

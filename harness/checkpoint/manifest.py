@@ -9,7 +9,9 @@ Fields of version 1: `uuid` (also in the data file's user block), `step`, `creat
 that wrote it), `schema` (`schema.schema_hash`), `file` (sizes and digests, see `layout`), `leaves` (in file order,
 with their offsets), `aliases` (second names of leaves), `state` (JSON by entry), `metrics`, `info` (free).
 `file`: `head`, `data_start`, `data_end`, `block` as in `layout`; `digests_digest` is `digest.root` of the block digests
-that lie at `head`; `head_digest` is XXH3-128 of bytes [4096, head). A version is read for ever; one that is newer than this program is refused.
+that lie at `head`; `head_digest` is XXH3-128 of bytes [4096, head).
+
+A version is read for ever; one that is newer than this program is refused.
 """
 
 from __future__ import annotations

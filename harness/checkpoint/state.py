@@ -13,13 +13,13 @@ Parameters, optimizer state and dicts of tensors are the same on all ranks (repl
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, MutableMapping
-from dataclasses import dataclass, field
 from typing import Any
 
 from harness.checkpoint.comm import Json
 from harness.checkpoint.manifest import Manifest
 from harness.checkpoint.schema import Leaf, Placement, check_schema, escape
-from harness.checkpoint.tensors import Buffer, dtype_of, is_tensor, new_tensor
+from harness.checkpoint.snapshot import Restore, Snapshot, check_fit, compare, maker, take_tree
+from harness.checkpoint.tensors import is_tensor, new_tensor
 from harness.checkpoint.tree import complete, decode, encode
 from harness.errors import DataError
 
@@ -42,38 +42,6 @@ class State:
             raise AttributeError(f"this State has no {name}") from None
 
 
-@dataclass
-class Snapshot:
-    """A state as leaves with their bytes, second names of leaves, and JSON per entry."""
-
-    leaves: list[Leaf] = field(default_factory=list)
-    buffers: dict[str, Buffer] = field(default_factory=dict)
-    aliases: dict[str, str] = field(default_factory=dict)
-    record: dict[str, Json] = field(default_factory=dict)
-
-    def add(self, name: str, array: Any, placement: Placement) -> None:
-        buffer = Buffer(array, name)
-        self.leaves.append(Leaf(name, buffer.dtype, buffer.shape, placement))
-        self.buffers[name] = buffer
-
-
-@dataclass
-class Restore:
-    """Where a checkpoint's leaves go: `sinks` by leaf name, then `finish`. `problems`: why it does not fit."""
-
-    sinks: dict[str, list[Buffer]] = field(default_factory=dict)
-    steps: list[Callable[[], None]] = field(default_factory=list)
-    problems: list[str] = field(default_factory=list)
-
-    def finish(self) -> None:
-        """Hand over what is not a tensor, once all sinks are full."""
-        for step in self.steps:
-            step()
-
-    def sink(self, name: str, array: Any) -> None:
-        self.sinks.setdefault(name, []).append(Buffer(array, name))
-
-
 def take(state: State) -> Snapshot:
     """The state's leaves, aliases and JSON. Tensors are referred to, not copied. Raises DataError."""
     snapshot = Snapshot()
@@ -91,7 +59,7 @@ def take(state: State) -> Snapshot:
                 snapshot.add(f"{root}/{escape(key)}", tensor, "replicated")
         else:
             content = value.state_dict() if kind == "holder" else value
-            record["value"] = _take_tree(content, root, "rank0", snapshot)
+            record["value"] = take_tree(content, root, "rank0", snapshot)
         snapshot.record[entry] = record
     check_schema(snapshot.leaves)
     return snapshot
@@ -125,7 +93,7 @@ def prepare(state: State, manifest: Manifest, *, partial: bool = False) -> Resto
         elif stored == "tensors":
             _prepare_tensors(value, escape(entry), leaves, restore)
         else:
-            tree = decode(record["value"], _maker(leaves, restore))
+            tree = decode(record["value"], maker(leaves, restore))
             restore.steps.append(_load_tree(value, tree, stored))
     return restore
 
@@ -201,7 +169,7 @@ def _take_module(module: Any, root: str, snapshot: Snapshot, record: dict[str, J
             first[identity] = path
             snapshot.add(path, tensor, placement)
     if extra := {name: part.get_extra_state() for name, part in _parts_with_extra_state(module)}:
-        record["extra"] = _take_tree(extra, f"{root}/_extra_state", "rank0", snapshot)
+        record["extra"] = take_tree(extra, f"{root}/_extra_state", "rank0", snapshot)
 
 
 def _prepare_module(
@@ -212,19 +180,19 @@ def _prepare_module(
     stored = {
         name for name in [*leaves, *manifest.aliases] if name.startswith(root + "/") and not name.startswith(extra)
     }
-    _compare(wanted, stored, restore)
+    compare(wanted, stored, restore)
     filled: set[tuple[str, int]] = set()
     for name, tensor in wanted.items():
         if name not in stored:
             continue
         leaf = leaves[manifest.aliases.get(name, name)]
-        _check_fit(name, tensor, leaf, restore)
+        check_fit(name, tensor, leaf, restore)
         if (leaf.name, tensor.data_ptr()) not in filled or not tensor.numel():
             filled.add((leaf.name, tensor.data_ptr()))
             restore.sink(leaf.name, tensor)
     parts = dict(_parts_with_extra_state(module))
-    values = decode(record.get("extra", {}), _maker(leaves, restore))
-    _compare(
+    values = decode(record.get("extra", {}), maker(leaves, restore))
+    compare(
         {f"{root}: extra state of {name}": None for name in parts},
         {f"{root}: extra state of {n}" for n in values},
         restore,
@@ -287,10 +255,10 @@ def _take_optimizer(
     for number, values in state_dict["state"].items():
         if number in by_number:
             name = by_number[number]
-            state[name] = _take_tree(values, f"{root}/{escape(name)}", "replicated", snapshot)
+            state[name] = take_tree(values, f"{root}/{escape(name)}", "replicated", snapshot)
         else:
             rest[str(number)] = values
-    record |= {"groups": described, "state": state, "rest": _take_tree(rest, f"{root}/_rest", "replicated", snapshot)}
+    record |= {"groups": described, "state": state, "rest": take_tree(rest, f"{root}/_rest", "replicated", snapshot)}
 
 
 def _prepare_optimizer(
@@ -298,7 +266,7 @@ def _prepare_optimizer(
 ) -> None:
     mine, stored = _groups(optimizer, names), [list(group["params"]) for group in record["groups"]]
     here, there = {n for group in mine for n in group}, {n for group in stored for n in group}
-    _compare({f"{entry}: {name}": None for name in here}, {f"{entry}: {name}" for name in there}, restore)
+    compare({f"{entry}: {name}": None for name in here}, {f"{entry}: {name}" for name in there}, restore)
     partner = {frozenset(group): index for index, group in enumerate(stored)}
     if here == there and {frozenset(group) for group in mine} != set(partner):
         restore.problems.append(f"{entry} groups its parameters differently in the checkpoint")
@@ -325,9 +293,9 @@ def _prepare_optimizer(
         if name not in parameters:
             raise DataError(f"the checkpoint has state of {entry} for {name!r}, which is in none of its groups")
         parameter = parameters[name]
-        make = _maker(leaves, restore, parameter.device, optimizer.state.get(parameter, {}))
+        make = maker(leaves, restore, parameter.device, optimizer.state.get(parameter, {}))
         state[numbers[name]] = decode(values, make)
-    state |= decode(record["rest"], _maker(leaves, restore))
+    state |= decode(record["rest"], maker(leaves, restore))
 
     def load() -> None:
         complete(state)
@@ -344,14 +312,6 @@ def _prepare_optimizer(
 # Dicts and other holders of state
 
 
-def _take_tree(value: Any, path: str, placement: Placement, snapshot: Snapshot) -> Json:
-    found: dict[str, Any] = {}
-    record = encode(value, path, found)
-    for name, tensor in found.items():
-        snapshot.add(name, tensor, placement)
-    return record
-
-
 def _prepare_tensors(value: MutableMapping[str, Any], root: str, leaves: Mapping[str, Leaf], restore: Restore) -> None:
     from urllib.parse import unquote
 
@@ -363,9 +323,9 @@ def _prepare_tensors(value: MutableMapping[str, Any], root: str, leaves: Mapping
         restore.steps.append(lambda: value.update({unquote(n.removeprefix(root + "/")): t for n, t in made.items()}))
         return
     wanted = {f"{root}/{escape(key)}": tensor for key, tensor in value.items()}
-    _compare(wanted, stored, restore)
+    compare(wanted, stored, restore)
     for name in stored & set(wanted):
-        _check_fit(name, wanted[name], leaves[name], restore)
+        check_fit(name, wanted[name], leaves[name], restore)
         restore.sink(name, wanted[name])
 
 
@@ -379,34 +339,3 @@ def _load_tree(target: Any, tree: Any, kind: str) -> Callable[[], None]:
             target.update(value)
 
     return load
-
-
-def _maker(
-    leaves: Mapping[str, Leaf], restore: Restore, device: Any = None, live: Mapping[str, Any] | None = None
-) -> Callable[[str, str], Any]:
-    """Tensors for `decode`: the live one of the same key where it fits, else a new one."""
-
-    def make(name: str, kind: str) -> Any:
-        leaf = leaves.get(name)
-        if leaf is None or kind not in ("torch", "numpy"):
-            raise DataError(f"the checkpoint refers to {name!r}, which it does not hold")
-        tensor: Any = (live or {}).get(name.rpartition("/")[2])
-        if not is_tensor(tensor) or (dtype_of(tensor), tuple(tensor.shape)) != (leaf.dtype, leaf.shape):
-            tensor = new_tensor(kind, leaf.dtype, leaf.shape, device)
-        restore.sink(name, tensor)
-        return tensor
-
-    return make
-
-
-def _compare(wanted: Mapping[str, Any], stored: set[str], restore: Restore) -> None:
-    restore.problems += [f"missing from the checkpoint: {name}" for name in wanted if name not in stored]
-    restore.problems += [f"only in the checkpoint: {name}" for name in sorted(stored) if name not in wanted]
-
-
-def _check_fit(name: str, tensor: Any, leaf: Leaf, restore: Restore) -> None:
-    here = (dtype_of(tensor), tuple(tensor.shape))
-    if here != (leaf.dtype, leaf.shape):
-        restore.problems.append(
-            f"{name} is {here[0]}{list(here[1])} here and {leaf.dtype}{list(leaf.shape)} in the checkpoint"
-        )

@@ -202,7 +202,7 @@ class Checks:
             images = sys.modules[engine_type.__module__]
             places = [
                 (module, "take", self.comm.size - 1),
-                (module, "_wait_for", self.comm.size - 1),
+                (module, "wait_for", self.comm.size - 1),
                 (images, "block_digests", self.comm.size - 1),
                 (images, "images", 0),
                 (module.commit, "begin", 0),

@@ -1,0 +1,83 @@
+"""What one rank cannot do, all ranks hear of: each works for itself, then one exchange, then the same end for all.
+
+    result, messages = together(comm, step, "while it wrote its part", work)
+
+This is not the commit itself (`commit`): it is how ranks vote before and after each of its phases.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import socket
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, TypeVar
+
+from harness.checkpoint.comm import Comm, Json
+from harness.errors import HarnessError, StorageError
+
+T = TypeVar("T")
+VISIBLE = 10.0
+"""Seconds within which a file that rank 0 has made must be there for the other ranks."""
+
+
+class SaveFailed(StorageError):
+    """A checkpoint was not saved. Raised on all ranks alike; the earlier checkpoints are as they were."""
+
+
+def together(comm: Comm, step: int, when: str, work: Callable[[], tuple[T, Json]]) -> tuple[T, list[Any]]:
+    """Work that every rank does by itself and that returns (result, message): its result, all ranks' messages.
+
+    Raises SaveFailed on all ranks where one of them could not do it. Collective.
+    """
+    failure: Exception | None = None
+    message: Json = None
+    try:
+        result, message = work()
+    except Exception as error:
+        failure = error
+    votes: list[Any] = comm.all_gather({"message": message, "error": describe(failure)})
+    failed = [(rank, vote["error"]) for rank, vote in enumerate(votes) if vote["error"]]
+    if failed:
+        rank, told = failed[0]
+        others = f" (and {len(failed) - 1} other ranks)" if len(failed) > 1 else ""
+        place = f"rank {rank} on {told['host']}{others}" if comm.size > 1 else "it"
+        raise SaveFailed(
+            f"the checkpoint of step {step} was not saved: {place} failed {when}: {told['message']}",
+            hint=told["hint"],
+        ) from failure
+    return result, [vote["message"] for vote in votes]
+
+
+def describe(error: Exception | None) -> Json:
+    """An error in words for the other ranks, None where there is none."""
+    if error is None:
+        return None
+    hint = error.hint if isinstance(error, HarnessError) else None
+    if isinstance(error, OSError):
+        message = f"{error.strerror or error}" + (f": {error.filename}" if error.filename else "")
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            hint = "free some space, or keep fewer checkpoints"
+    else:
+        message = error.message if isinstance(error, HarnessError) else f"{type(error).__name__}: {error}"
+    return {"host": socket.gethostname(), "message": message, "hint": hint}
+
+
+def wait_for(path: Path, size: int) -> tuple[None, Json]:
+    """Until the file that rank 0 made is there. Raises StorageError where this rank does not get to see it."""
+    deadline = time.monotonic() + VISIBLE
+    while True:
+        try:
+            found = os.stat(path).st_size
+            if found == size:
+                return None, None
+        except FileNotFoundError:
+            found = None
+        if time.monotonic() > deadline:
+            raise StorageError(
+                f"{path} is not there" if found is None else f"{path} has {found} bytes here, not {size}",
+                hint="all ranks must see the same directory: is it on a shared file system?",
+            )
+        time.sleep(0.05)
