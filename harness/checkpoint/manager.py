@@ -113,14 +113,14 @@ class Manager:
         checkpoint does not fit the state (which is then unchanged) or where none of several is good.
         """
         rejected = 0
-        candidates = self._candidates()
+        candidates, unreadable = self._candidates()
         while True:
-            found: Any = self.comm.broadcast(self._next(candidates))
+            found: Any = self.comm.broadcast(unreadable or self._next(candidates))
             if found["error"] is not None:
                 raise (NewerVersion if found["newer"] else DataError)(found["error"])
-            rejected += found["rejected"]
+            rejected = max(rejected + found["rejected"], found.get("marked", 0))
             if found["name"] is None:
-                if rejected:
+                if rejected:  # also those that an earlier start found: beginning anew is for the user to decide
                     raise DataError(
                         f"none of the {rejected} checkpoints in {self.directory} is good",
                         hint="move the directory away to begin anew",
@@ -243,14 +243,14 @@ class Manager:
 
     # Restoring
 
-    def _candidates(self) -> list[store.Stored]:
+    def _candidates(self) -> tuple[list[store.Stored], Json]:
+        """Rank 0: what may be restored, oldest first, or what `restore` raises when the directory cannot be read."""
         if self.comm.rank != 0:
-            return []
+            return [], None
         try:
-            return store.listing(self.directory)
+            return store.listing(self.directory), None
         except OSError as error:
-            self._log(f"{self.directory} cannot be read: {error}")
-            return []
+            return [], {"error": f"{self.directory} cannot be read: {error.strerror}", "newer": False}
 
     def _next(self, candidates: list[store.Stored]) -> Json:
         """Rank 0: the newest candidate that looks good, with its manifest; it and those passed over are removed."""
@@ -267,7 +267,7 @@ class Manager:
                 continue
             self._good[stored.path] = manifest
             return {"error": None, "rejected": rejected, "name": stored.path.name, "manifest": text}
-        return {"error": None, "rejected": rejected, "name": None}
+        return {"error": None, "rejected": rejected, "marked": store.count_damaged(self.directory), "name": None}
 
     def _restore_from(self, path: Path, manifest: Manifest, state: State, partial: bool) -> None:
         restore = Restore()

@@ -63,6 +63,11 @@ def listing(directory: Path) -> list[Stored]:
     return sorted(found)
 
 
+def count_damaged(directory: Path) -> int:
+    """How many checkpoints were found damaged when they were read."""
+    return sum(1 for _ in directory.glob(f"step-*/{DAMAGED}"))
+
+
 def new_name(directory: Path, step: int) -> str:
     """The name of the next checkpoint of a step."""
     taken = [int(match[2] or 1) for path in directory.iterdir() if (match := _NAME.fullmatch(path.name.split(".")[0]))

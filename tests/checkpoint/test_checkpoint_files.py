@@ -376,7 +376,9 @@ def test_damaged_tensors_are_named_and_the_checkpoint_is_marked(tmp_path: Path) 
         reader.restore(State(tensors=tensors))
     assert "damaged: tensors/t3" in reader.lines[0]  # type: ignore[attr-defined]
     assert "tensors/t3" in json.loads((path / "damaged.json").read_text())["message"]
-    assert latest(tmp_path) is None and manager(tmp_path).restore(State(tensors=tensors)) is None
+    assert latest(tmp_path) is None
+    with pytest.raises(DataError, match="none of the 1 checkpoints"):  # nor does the next start begin anew by itself
+        manager(tmp_path).restore(State(tensors=tensors))
 
 
 def test_data_and_digests_that_were_changed_together_are_found(tmp_path: Path) -> None:
