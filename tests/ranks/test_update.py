@@ -223,6 +223,34 @@ def test_a_bad_loss_on_one_rank_is_agreed_by_all_and_skipped(world: World, bad: 
     equal_on_all(world, model)
 
 
+def test_the_gradient_scaler_is_undone_before_clipping_and_skips_on_all_ranks(world: World) -> None:
+    """The way fp16 goes on GPUs, with a CPU scaler: the same result as without it; infinities are skipped."""
+    optim, settings = Optim(name="momentum", lr=0.05), {"clip_norm": 0.05}
+    reference, model = mlp(), mlp()
+    train(reference, optim, ranks=1, rank=0, passes=1, horovod=Horovod(), **settings)
+    update = Update(
+        model,
+        make_optimizer(model.parameters(), optim, lr=optim.lr),
+        train=Train.model_validate({"steps": STEPS, "global_batch": BATCH, **settings}),
+        horovod=Horovod(),
+        passes=1,
+        ranks=world.size,
+        device=CPU,
+    )
+    update.scaler = torch.amp.GradScaler("cpu", init_scale=1024.0)
+    share = BATCH // world.size
+    for step in (0, "overflow", 1, 2, 3):
+        x, y = (part[world.rank * share : (world.rank + 1) * share] for part in data(step if step != "overflow" else 0))
+        factor = math.inf if step == "overflow" and world.rank == world.size - 1 else 1.0
+        update.backward((model(x) - y).pow(2).mean() * factor)
+        update.synchronize()
+        assert update.step().finite == (step != "overflow")
+    assert update.scaler.get_scale() == 512.0
+    for a, b in zip(model.parameters(), reference.parameters(), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
+    equal_on_all(world, model)
+
+
 def test_a_parameter_unused_on_one_rank_gets_the_others_gradient(world: World) -> None:
     model = torch.nn.ModuleDict({"a": torch.nn.Linear(6, 3), "b": torch.nn.Linear(6, 3)})
     for parameter in model.parameters():
