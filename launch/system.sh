@@ -29,7 +29,7 @@ find_python() {
 
 # find_hdf5: prints "INCLUDE|LIB", the folders of a parallel HDF5: from HDF5_DIR, else h5pcc, else where Debian keeps them.
 find_hdf5() {
-    local flag folder include='' lib='' families='openmpi mpich'
+    local flag folder include='' lib=''
     if [[ -n ${HDF5_DIR-} ]]; then
         for lib in "$HDF5_DIR/lib" "$HDF5_DIR/lib64"; do
             hdf5_pair "$HDF5_DIR/include" "$lib" && return
@@ -50,13 +50,18 @@ find_hdf5() {
             hdf5_pair "$folder/include" "$lib" && return
         done
     fi
-    [[ $("$mpicc" -show 2>/dev/null) != *mpich* ]] || families='mpich openmpi'
-    for folder in $families; do
-        for lib in /usr/lib/*-linux-gnu/hdf5/"$folder"; do
-            hdf5_pair "$lib/include" "$lib" && return
-        done
+    for lib in /usr/lib/*-linux-gnu/hdf5/"$(mpi_family)"; do
+        hdf5_pair "$lib/include" "$lib" && return
     done
     return 1
+}
+
+# mpi_family: openmpi or mpich, as packages name the HDF5 that goes with it
+mpi_family() {
+    case $("$mpicc" -show 2>/dev/null) in
+    *mpich*) echo mpich ;;
+    *) echo openmpi ;;
+    esac
 }
 
 # hdf5_pair INCLUDE LIB: prints the pair when it is a parallel HDF5. (A serial one would build, and fail at the first write.)
@@ -100,6 +105,8 @@ wrong_choices() {
 
 # missing_things: one line per missing thing, "what|apt|dnf|conda|modules".
 missing_things() {
+    local family
+    family=$(mpi_family)
     command -v g++ >/dev/null || say 'a C++ compiler (g++)|build-essential|gcc-c++|cxx-compiler|gcc'
     command -v make >/dev/null || say 'make|make|make|make|'
     find_cmake || say 'CMake 3.21 or newer (cmake)|cmake|cmake|cmake|cmake'
@@ -108,7 +115,8 @@ missing_things() {
     [[ -n ${MPICC-} ]] || { command -v mpicc && command -v mpicxx; } >/dev/null ||
         say 'MPI (mpicc, mpicxx)|libopenmpi-dev openmpi-bin|openmpi-devel|openmpi-mpicxx|openmpi'
     [[ -n ${HDF5_DIR-} ]] || find_hdf5 >/dev/null ||
-        say 'HDF5 built for MPI (h5pcc, or HDF5_DIR)|libhdf5-openmpi-dev hdf5-tools|hdf5-openmpi-devel|hdf5=*=mpi_openmpi*|hdf5-mpi'
+        printf 'HDF5 built for MPI (h5pcc, or HDF5_DIR)|libhdf5-%s-dev hdf5-tools|hdf5-%s-devel|hdf5=*=mpi_%s*|hdf5-mpi\n' \
+            "$family" "$family" "$family"
 }
 
 # column N LINES: the N-th fields, in one line
@@ -117,13 +125,13 @@ column() { cut -d'|' -f"$1" <<<"$2" | tr '\n' ' ' | sed 's/  */ /g; s/^ //; s/ $
 report_missing() {
     local load='' conda
     [[ $1 != *openmpi-devel* ]] || load=' && module load mpi/openmpi-x86_64'
-    conda=$(column 4 "$1")
+    conda=$(column 4 "$1" | sed "s/hdf5=[^ ]*/'&'/") # the shell must leave its stars alone
     say "Missing on this machine:"
     cut -d'|' -f1 <<<"$1" | sed 's/^/  - /'
     say "Any one of these lines brings what is missing:"
     say "  apt      sudo apt-get install $(column 2 "$1")"
     say "  dnf      sudo dnf install $(column 3 "$1")$load"
-    say "  conda    conda install -c conda-forge ${conda//hdf5=*openmpi\*/\'&\'}"
+    say "  conda    conda install -c conda-forge $conda"
     say "  modules  module load $(column 5 "$1")    (\"module avail\" shows the names at your site)"
     say "Then run the same command again. A different MPI is as good, if HDF5 was built with that one."
 }

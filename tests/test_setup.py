@@ -202,6 +202,18 @@ def test_hdf5_beside_the_compiler_wrapper(checkout: Path, bare: Path, tmp_path: 
     assert found.stdout == f"{folder}/include|{folder}/lib\n"
 
 
+@pytest.mark.parametrize("family, flags", [("openmpi", "-lmpi"), ("mpich", "-I/usr/include/mpich -lmpich")])
+def test_hdf5_asked_for_is_that_of_the_mpi(checkout: Path, bare: Path, family: str, flags: str) -> None:
+    command(bare, "mpicc", f"echo gcc {flags}")
+    command(bare, "mpicxx", "")
+    listed = source(checkout, "find_hdf5() { return 1; }; missing_things", PATH=str(bare)).stdout.splitlines()[-1]
+    assert listed.split("|")[1:4] == [
+        f"libhdf5-{family}-dev hdf5-tools",
+        f"hdf5-{family}-devel",
+        f"hdf5=*=mpi_{family}*",
+    ]
+
+
 def test_python_that_will_not_do(checkout: Path, tmp_path: Path) -> None:
     command(tmp_path, "python3", "exit 1")
     shown = run("bash", checkout / "launch/setup.sh", "--python", tmp_path / "python3")
