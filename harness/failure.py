@@ -6,6 +6,7 @@ the launcher that sees an exit code, ends them. So nothing here waits for anyone
 
 from __future__ import annotations
 
+import contextlib
 import os
 import sys
 import time
@@ -33,7 +34,8 @@ def record(error: BaseException, environment: Environment, clock: Clock, attempt
     trace = "".join(traceback.format_exception(error))
     # `harness run` reports from the error files, so rank 0 need not tell it on the console as well
     stream = getattr(sys.stderr, "file", sys.stderr) if "HARNESS_RUN_ID" in os.environ else sys.stderr
-    print(f"error: {error}" if told else trace, file=stream, flush=True)
+    with contextlib.suppress(OSError, ValueError):  # a full disk or a reader that is gone must not keep this rank here
+        print(f"error: {error}" if told else trace, file=stream, flush=True)
     if attempt is None:
         return
     entry = {
@@ -54,13 +56,15 @@ def record(error: BaseException, environment: Environment, clock: Clock, attempt
     try:
         write_json(attempt.error(environment.rank), entry)
     except HarnessError as failed:  # a full disk must not hide the first error
-        print(f"error: the error file could not be written: {failed}", file=sys.stderr, flush=True)
+        with contextlib.suppress(OSError, ValueError):
+            print(f"error: the error file could not be written: {failed}", file=sys.stderr, flush=True)
 
 
 def leave(code: int) -> NoReturn:
     """End this rank, and with it the job, without waiting for the others and without any atexit hook."""
-    sys.stdout.flush()
-    sys.stderr.flush()
+    for stream in (sys.stdout, sys.stderr):
+        with contextlib.suppress(OSError, ValueError):
+            stream.flush()
     if "mpi4py.MPI" in sys.modules:
         from mpi4py import MPI
 

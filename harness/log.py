@@ -6,6 +6,7 @@ Ranks other than 0 write only to their file, whatever prints: Python, C librarie
 
 from __future__ import annotations
 
+import contextlib
 import faulthandler
 import os
 import sys
@@ -16,7 +17,7 @@ from harness.rundir import storage_errors
 
 
 class Tee:
-    """A text stream that writes to the console and to a file. Only what print() and rich need."""
+    """A text stream that writes to the console and to a file; what the file has no room for is on the console still."""
 
     def __init__(self, console: TextIO, file: TextIO) -> None:
         self.console = console
@@ -24,11 +25,13 @@ class Tee:
         self.encoding = console.encoding
 
     def write(self, text: str) -> int:
-        self.file.write(text)
+        with contextlib.suppress(OSError):
+            self.file.write(text)
         return self.console.write(text)
 
     def flush(self) -> None:
-        self.file.flush()
+        with contextlib.suppress(OSError):
+            self.file.flush()
         self.console.flush()
 
     def isatty(self) -> bool:

@@ -6,6 +6,7 @@ a file. `harness run` says so in HARNESS_TTY, which holds the terminal's width i
 
 from __future__ import annotations
 
+import contextlib
 import os
 import sys
 
@@ -76,7 +77,8 @@ class Console:
 
     def _note(self, text: str) -> None:
         if self.file is not None:
-            self.file.write(text + "\n")
+            with contextlib.suppress(OSError):  # as in Tee
+                self.file.write(text + "\n")
 
 
 def describe(record: Record) -> str:

@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 import time
@@ -36,4 +37,5 @@ class JsonLines:
         pass
 
     def close(self) -> None:
-        self.file.close()
+        with contextlib.suppress(OSError):  # a record that could not be written has been told of already
+            self.file.close()
