@@ -23,6 +23,7 @@ import multiprocessing.forkserver
 import os
 import pickle
 import random
+import signal
 import traceback
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
@@ -37,6 +38,7 @@ from torch.utils.data._utils.pin_memory import pin_memory
 from harness.batch import BatchPlan
 from harness.errors import ConfigError, Unavailable
 from harness.order import Ids, Order, Seeds, sample_seeds
+from harness.stop import SIGNALS
 
 
 @dataclass(frozen=True)
@@ -172,15 +174,19 @@ def start_forkserver() -> None:
     """Start the process that loader workers are forked from. Call it before MPI is initialised.
 
     Forking a process that uses MPI or a GPU can crash or hang (horovod/horovod#2898); this one never does: it begins as
-    a fresh interpreter, has torch imported so that workers start quickly, and mpi4py in it does not initialise MPI.
+    a fresh interpreter, has torch imported so that workers start quickly, and mpi4py in it does not initialise MPI. It
+    and its children ignore the signals that ask a run to stop: mpirun and srun send them to a rank's whole process group.
     """
     multiprocessing.set_forkserver_preload(["numpy", "torch", "torch.utils.data"])
     quiet = {"MPI4PY_RC_INITIALIZE": "0", "MPI4PY_RC_FINALIZE": "0"}
     before = {name: os.environ.get(name) for name in quiet}
     os.environ.update(quiet)
+    handlers = {number: signal.signal(number, signal.SIG_IGN) for number in SIGNALS}
     try:
         multiprocessing.forkserver.ensure_running()
     finally:
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
         for name, value in before.items():
             if value is None:
                 del os.environ[name]
@@ -275,6 +281,7 @@ def _loader(
         pin_memory=pin,
         generator=torch.Generator(),  # else the loader draws from torch's global generator
         persistent_workers=persistent,
+        worker_init_fn=_ignore_stop_signals if workers else None,
     )
 
 
@@ -306,6 +313,11 @@ def _batches(loader: DataLoader[Any]) -> Iterator[Batch]:
             yield batch
     finally:
         del batches  # the loader's iterator ends and joins its workers when it goes
+
+
+def _ignore_stop_signals(worker: int) -> None:
+    for number in SIGNALS:  # torch has given SIGTERM back its effect
+        signal.signal(number, signal.SIG_IGN)
 
 
 def _as_it_is(batch: Any) -> Any:

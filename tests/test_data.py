@@ -23,6 +23,7 @@ from harness.batch import BatchPlan, plan_batch
 from harness.data import EvalBatches, check_dataset, start_forkserver, to_device, train_batches
 from harness.errors import ConfigError, DataError, Unavailable
 from harness.order import Order
+from harness.stop import SIGNALS
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -65,6 +66,16 @@ class Failing(Whole):
             if self.error == "killed":
                 os.kill(os.getpid(), signal.SIGKILL)
             raise KeyError("seven")
+        return super().batch(ids, seeds)
+
+
+class Signalled(Whole):
+    """Each batch, this worker and the process it was forked from get every signal that asks a run to stop."""
+
+    def batch(self, ids: np.ndarray, seeds: np.ndarray) -> tuple[torch.Tensor, torch.Tensor]:
+        for process in (os.getpid(), os.getppid()):
+            for number in SIGNALS:
+                os.kill(process, number)
         return super().batch(ids, seeds)
 
 
@@ -156,6 +167,13 @@ def test_an_error_that_cannot_travel_is_told_in_words() -> None:
 def test_a_killed_worker_is_told() -> None:
     with pytest.raises(Unavailable, match="a loader process ended"):
         list(load(Failing("killed"), workers=1))
+
+
+def test_a_signal_to_the_whole_process_group_leaves_the_workers() -> None:
+    handlers = [signal.getsignal(number) for number in SIGNALS]
+    for _ in range(2):
+        assert contents(load(Signalled(), workers=1)) == contents(load(Whole()))
+    assert [signal.getsignal(number) for number in SIGNALS] == handlers
 
 
 @pytest.mark.filterwarnings("ignore:Got pickle error")
