@@ -6,6 +6,7 @@ What is not here: what happens with it (`loop.py`).
 from __future__ import annotations
 
 import math
+import os
 import random
 from dataclasses import dataclass, field
 from typing import Any
@@ -93,10 +94,13 @@ def total_steps(config: Config, samples: int) -> int:
 
 def build(config: Config, run: RunDir, attempt: int, world: World, clock: Clock) -> Job:
     """Collective (initial parameters and buffers come from rank 0). Raises ConfigError and what the task raises."""
+    if config.train.deterministic:  # read when cuBLAS starts; without it torch refuses matrix products on a GPU
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     torch.use_deterministic_algorithms(config.train.deterministic)
     torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined] # costs time and only hides reads of unset memory
     torch.backends.cudnn.benchmark = not config.train.deterministic
     plan = plan_batch(global_batch=config.train.global_batch, ranks=world.size, micro_batch=config.train.micro_batch)
+    seed_generators(config.seed)  # a task may split or make its data at random: all ranks alike, at every start
     task = make_task(config.task.name, config.task.args)
     train_data, eval_data = task.data("train"), task.data("eval")
     samples = check_dataset(train_data, "train", config.train.global_batch)
