@@ -20,6 +20,7 @@ from harness.config import Horovod as Settings
 from harness.device import choose_device
 from harness.env import Environment
 from harness.errors import Unavailable
+from harness.rundir import storage_errors
 
 if TYPE_CHECKING:
     import numpy as np
@@ -82,6 +83,9 @@ class World:
 def bring_up(environment: Environment, settings: Settings, directory: Path) -> World:
     """Join the other ranks. Collective. Raises Unavailable, the same on all ranks, when they do not form one world."""
     os.environ.update(horovod_environment(settings, directory))
+    if settings.timeline or settings.autotune:  # Horovod opens its files now, before the run directory is made
+        with storage_errors(directory):
+            directory.mkdir(parents=True, exist_ok=True)
     alone = environment.launcher == "none"
     mpi = None
     if alone or environment.gloo:
