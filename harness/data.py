@@ -175,7 +175,7 @@ def start_forkserver() -> None:
 
     Forking a process that uses MPI or a GPU can crash or hang (horovod/horovod#2898); this one never does: it begins as
     a fresh interpreter, has torch imported so that workers start quickly, and mpi4py in it does not initialise MPI. It
-    and its children ignore the signals that ask a run to stop: mpirun and srun send them to a rank's whole process group.
+    and its children ignore the signals that ask a run to stop, which mpirun and srun send to a rank's process group.
     """
     multiprocessing.set_forkserver_preload(["numpy", "torch", "torch.utils.data"])
     quiet = {"MPI4PY_RC_INITIALIZE": "0", "MPI4PY_RC_FINALIZE": "0"}

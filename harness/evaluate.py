@@ -36,13 +36,13 @@ def evaluate(job: Job) -> dict[str, float]:
             for name, mean in means.items():
                 sums[name] = sums.get(name, 0.0) + mean.detach().double() * batch.samples
             count += batch.samples
-        job.model.train()
         mine = {name: float(value) for name, value in sums.items()}
         means_of_all = combine(job.world.comm.all_gather({"count": count, "sums": mine}))
         if job.world.is_root:
             means_of_all |= job.task.summarize(job.model, means_of_all)
             if (text := job.task.report(job.model)) is not None:
                 job.sinks.say(text)
+    job.model.train()
     return means_of_all
 
 
@@ -51,10 +51,11 @@ def combine(parts: Sequence[Any]) -> dict[str, float]:
     total = sum(int(part["count"]) for part in parts)
     if total == 0:
         raise HarnessError("the evaluation set gave no samples")
-    every: list[Mapping[str, float | None]] = [part["sums"] for part in parts]
+    every: list[Mapping[str, float]] = [part["sums"] for part in parts]
     names = sorted({name for sums in every for name in sums})
-    # JSON has no nan: a rank's sum that is not finite arrives as null
-    return {
-        name: math.fsum(math.nan if (value := sums.get(name, 0.0)) is None else value for sums in every) / total
-        for name in names
-    }
+    return {name: _sum([sums.get(name, 0.0) for sums in every]) / total for name in names}
+
+
+def _sum(values: Sequence[float]) -> float:
+    # fsum does not depend on the order, but refuses infinities of both signs
+    return math.fsum(values) if all(map(math.isfinite, values)) else sum(values)

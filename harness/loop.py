@@ -13,6 +13,7 @@ evaluate, save, export
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -179,17 +180,19 @@ def run_evaluation(job: Job, done: int) -> bool:
     value = job.world.comm.broadcast(metrics.get(rule.metric) if job.world.is_root else None)
     if not isinstance(value, (int, float)):
         raise ConfigError(
-            f"eval.stop.metric {rule.metric!r} is no finite metric of this task",
+            f"eval.stop.metric {rule.metric!r} is no metric of this task",
             hint=f"it has {', '.join(metrics) or 'none'}" if job.world.is_root else None,
         )
     progress, sign = job.progress, 1.0 if rule.mode == "min" else -1.0
-    if progress.best is None or sign * (progress.best - value) > rule.min_delta:
+    # a value that is not finite is no improvement, and nothing to compare with later
+    if math.isfinite(value) and (progress.best is None or sign * (progress.best - value) > rule.min_delta):
         progress.best, progress.waited = value, 0
         return False
     progress.waited += 1
     if not has_stopped_improving(job):
         return False
-    job.sinks.say(f"{rule.metric} has not improved on {progress.best:.4g} for {progress.waited} evaluations: stopping")
+    best = "nan" if progress.best is None else f"{progress.best:.4g}"
+    job.sinks.say(f"{rule.metric} has not improved on {best} for {progress.waited} evaluations: stopping")
     return True
 
 

@@ -5,6 +5,7 @@ Ranks agree about it in the collective of the next log interval; then the state 
 
 from __future__ import annotations
 
+import os
 import signal
 from pathlib import Path
 from types import FrameType
@@ -30,4 +31,5 @@ class StopRequest:
             signal.signal(signal.SIGINT, signal.default_int_handler)
 
     def wanted(self) -> bool:
-        return self.flag or (self.file is not None and self.file.exists())
+        # os.path: False, where Path.exists would raise, when a file system stumbles
+        return self.flag or (self.file is not None and os.path.exists(self.file))

@@ -55,4 +55,6 @@ def test_summary_of_three_ranks() -> None:
 def test_evaluation_means_are_weighed_by_samples() -> None:
     parts = [{"count": 3, "sums": {"loss": 3.0}}, {"count": 1, "sums": {"loss": 5.0}}, {"count": 0, "sums": {}}]
     assert combine(parts) == {"loss": 2.0}
-    assert np.isnan(combine([{"count": 1, "sums": {"loss": None}}, *parts])["loss"])
+    assert np.isnan(combine([{"count": 1, "sums": {"loss": np.nan}}, *parts])["loss"])
+    infinite = [{"count": 1, "sums": {"loss": value}} for value in (np.inf, -np.inf)]
+    assert np.isnan(combine(infinite)["loss"])

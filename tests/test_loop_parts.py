@@ -3,16 +3,31 @@
 from __future__ import annotations
 
 import io
+import math
+import os
+import subprocess
+import sys
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any, ClassVar
 
+import numpy as np
 import pytest
+import torch
 
+from harness.checkpoint.comm import Single
 from harness.clock import Clock
+from harness.config import Config
 from harness.env import identify
 from harness.errors import StorageError
 from harness.failure import record
+from harness.job import Job, build
 from harness.log import Tee
+from harness.loop import run_evaluation
+from harness.rundir import RunDir
 from harness.sinks.jsonl import JsonLines
+from harness.task import Task
+from harness.world import World
 
 FULL = Path("/dev/full")
 needs_full = pytest.mark.skipif(not FULL.exists(), reason="there is no /dev/full here")
@@ -45,3 +60,93 @@ def test_metrics_on_a_full_disk_are_told_once_as_a_sentence(tmp_path: Path) -> N
     with pytest.raises(StorageError, match="no space left"):
         lines.record({"kind": "train", "step": 1, "loss": 1.0})
     lines.close()
+
+
+class Chosen(Task):
+    """Splits its data with numpy's global generator; its metric `given` is what the test wants."""
+
+    given: ClassVar[list[float]] = []
+    modes: ClassVar[list[bool]] = []
+
+    def data(self, split: str) -> Any:
+        return torch.utils.data.TensorDataset(torch.from_numpy(np.random.permutation(64)[:32]).float()[:, None])
+
+    def model(self) -> torch.nn.Module:
+        return torch.nn.Sequential(torch.nn.Linear(1, 1), torch.nn.Dropout())
+
+    def loss(self, model: torch.nn.Module, batch: Any) -> torch.Tensor:
+        return model(batch[0]).pow(2).mean()
+
+    def summarize(self, model: torch.nn.Module, metrics: Mapping[str, float]) -> Mapping[str, float]:
+        self.modes.append(model.training)
+        return {"given": self.given.pop(0)} if self.given else {}
+
+    def report(self, model: torch.nn.Module) -> str | None:
+        self.modes.append(model.training)
+        return None
+
+
+def job(directory: Path, **sections: Any) -> Job:
+    tree = {
+        "name": "x",
+        "task": {"name": "test_loop_parts:Chosen"},
+        "train": {"steps": 4, "global_batch": 8},
+        "run_dir": str(directory),
+    }
+    world = World(0, 1, 0, 1, ("here",), torch.device("cpu"), Single(), "none")
+    directory.mkdir(parents=True, exist_ok=True)
+    return build(Config.model_validate(tree | sections), RunDir(directory), 1, world, Clock())
+
+
+def test_deterministic_runs_may_multiply_matrices_on_a_gpu(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("CUBLAS_WORKSPACE_CONFIG", "theirs")
+    job(tmp_path)
+    assert os.environ["CUBLAS_WORKSPACE_CONFIG"] == "theirs"
+    monkeypatch.delenv("CUBLAS_WORKSPACE_CONFIG")
+    job(tmp_path)
+    assert os.environ.pop("CUBLAS_WORKSPACE_CONFIG") == ":4096:8"
+
+
+def test_horovod_writes_its_timeline_into_a_run_directory_that_is_new(tmp_path: Path) -> None:
+    code = """
+import sys
+from pathlib import Path
+from harness.config import Horovod
+from harness.env import identify
+from harness.world import bring_up
+bring_up(identify({}), Horovod(timeline=True), Path(sys.argv[1]))
+"""
+    subprocess.run([sys.executable, "-c", code, str(tmp_path / "run")], check=True, timeout=100)
+    assert (tmp_path / "run/timeline.json").exists()
+
+
+def test_data_made_at_random_are_the_same_at_every_start(tmp_path: Path) -> None:
+    np.random.seed(1)
+    one = job(tmp_path / "a")
+    np.random.seed(2)
+    other = job(tmp_path / "b")
+    assert torch.equal(one.train_data.tensors[0], other.train_data.tensors[0])
+    assert torch.equal(one.model[0].weight, other.model[0].weight)
+
+
+def test_a_metric_that_is_not_finite_is_no_improvement_and_no_best_value(tmp_path: Path) -> None:
+    it = job(tmp_path, eval={"stop": {"metric": "given", "patience": 2}})
+    Chosen.given[:] = [math.nan, 1.0, math.inf, -math.inf]
+    ends = [run_evaluation(it, step) for step in range(4)]
+    assert ends == [False, False, False, True]
+    assert (it.progress.best, it.progress.waited) == (1.0, 2)
+
+
+def test_early_stopping_where_no_value_is_finite(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    it = job(tmp_path, eval={"stop": {"metric": "given", "patience": 1}})
+    Chosen.given[:] = [math.nan]
+    assert run_evaluation(it, 1)
+    assert "given has not improved on nan for 1 evaluations" in capsys.readouterr().out
+
+
+def test_what_a_task_says_about_a_model_it_says_in_evaluation_mode(tmp_path: Path) -> None:
+    it = job(tmp_path)
+    Chosen.modes.clear()
+    run_evaluation(it, 1)
+    assert Chosen.modes == [False, False]
+    assert it.model.training
