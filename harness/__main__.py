@@ -110,9 +110,10 @@ class Rank:
         sys.stderr.flush()
         if self.world is not None and self.world.size > 1:
             self.world.comm.barrier()
+        if self.world is not None and self.world.controller != "none":
             import horovod.torch as hvd
 
-            hvd.shutdown()
+            hvd.shutdown()  # also on a single rank: its background thread talks to MPI, which ends below
         if "mpi4py.MPI" in sys.modules:
             from mpi4py import MPI
 

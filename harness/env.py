@@ -93,6 +93,8 @@ def identify(environ: Mapping[str, str] = os.environ) -> Environment:
             continue
         if source.launcher == "slurm" and "SLURM_STEP_ID" not in environ:
             continue  # the batch shell itself, not a task that srun started
+        if source.launcher == "slurm" and size == 1 and not environ.get("PMIX_RANK"):
+            continue  # the shell of `srun --pty bash`: Open MPI ends a process that it takes for a rank without PMIx
         local_rank, local_size = _number(environ, source.local_rank), _number(environ, source.local_size)
         if source.launcher == "slurm":
             local_size = _slurm_tasks_here(environ)

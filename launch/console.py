@@ -16,14 +16,14 @@ _RULE = re.compile(rb"-{70,}\s*")
 _LINE = re.compile(
     rb"\[[^\]\s]+:\d+\] "  # [host:pid] of Open MPI
     rb"|\[(proxy:|mpiexec@)"
-    rb"|(srun|slurmstepd|mpirun|prterun|mpiexec): "
+    rb"|(srun|slurmstepd(-[^\s:]+)?|mpirun|prterun|mpiexec): "
     rb"|application called MPI_Abort|Abort\(-?\d+\) on node"
 )
 _HYDRA = re.compile(  # Hydra says on stdout that ranks have ended badly
     rb"={70,}\s*$|=   |YOUR APPLICATION TERMINATED WITH|This typically refers to a problem|Please see the FAQ page for"
 )
 _TAG = re.compile(rb"\[(?:\d+,)?\d+\]<std(?:out|err)>:?")  # horovodrun's, before every piece that a rank wrote
-_START = (b"---", b"===", b"=   ", b"[", b"srun:", b"slurmstepd:", b"mpirun:", b"application", b"Abort(")
+_START = (b"---", b"===", b"=   ", b"[", b"srun:", b"slurmstepd", b"mpirun:", b"application", b"Abort(")
 _MOST = 60
 """Lines between two rules that may belong to one notice; more are somebody's table."""
 

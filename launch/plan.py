@@ -113,6 +113,8 @@ def choose(
     mpi = _maybe_mpi(environ)
     # Open MPI and srun understand each other through PMIx; other MPIs bring a mpirun that knows Slurm by itself
     fits = wanted == "auto" and allocation.kind == "slurm" and (mpi is None or mpi.family == "openmpi")
+    if mpi is not None and _in_step(environ):
+        fits = False
     if fits and _srun_starts(slurm_mpi, environ, probe_srun):
         return "srun", mpi
     return "mpirun", mpi if mpi is not None else mpi_module.find(environ)
@@ -148,6 +150,15 @@ def _horovodrun(environ: Mapping[str, str]) -> str:
     if found is None:
         raise Unavailable("there is no horovodrun: Horovod is not installed here", hint="bash launch/setup.sh")
     return found
+
+
+def _in_step(environ: Mapping[str, str]) -> bool:
+    """In the shell of `srun --pty bash`, whose step holds the job's cores: another srun would wait for them for ever.
+
+    The shell that salloc starts by itself is a step too, with a number near 2**32, and holds nothing.
+    """
+    step = environ.get("SLURM_STEP_ID", "")
+    return step.isdecimal() and len(step) < 10
 
 
 def _srun_starts(kind: str, environ: Mapping[str, str], probe: bool) -> bool:

@@ -21,6 +21,10 @@ from harness.errors import Exit
 CONSEQUENCES = ("HorovodInternalError",)
 """Errors a rank has because another one failed first."""
 _SIGNALLED = re.compile(r"process rank (\d+) with PID \d+ on node (\S+) exited on signal (\d+)")
+_SRUN = re.compile(
+    r"srun: error: (\S+): tasks? (\d+)[\d,-]*: (?:Exited with exit code (\d{1,3})|(.+?)(?: \(core dumped\))?)$"
+)
+_SIGNAL_NAMES = {signal.strsignal(number): int(number) for number in signal.valid_signals()}
 _HYDRA = re.compile(r"EXIT STRING: .*\(signal (\d{1,2})\)")
 _MOST = 20_000
 
@@ -96,6 +100,14 @@ def _lost(code: int, returncode: int, status: Mapping[str, Any], noise: Sequence
             number = int(match[3])
             text = f"error: rank {match[1]} on {match[2]} was ended by {_signal(number)}{where}"
             return Ending(code, "failed", text + _reason(number), int(match[1]))
+        if match := _SRUN.match(line):  # its own code is that of the ranks it then killed; the first is the cause
+            number = _SIGNAL_NAMES.get(match[4], 0)
+            if number:
+                text = f"error: rank {match[2]} on {match[1]} was ended by {_signal(number)}{where}"
+                return Ending(128 + number, "failed", text + _reason(number), int(match[2]))
+            if match[3] and int(match[3]):
+                text = f"error: rank {match[2]} on {match[1]} ended with code {match[3]}{where}"
+                return Ending(int(match[3]), "failed", f"{text} and left no error report", int(match[2]))
         if match := _HYDRA.search(line):  # MPICH's launcher then returns the bare number of the signal
             returncode = code = 128 + int(match[1])
     if returncode < 0:

@@ -36,8 +36,8 @@ GRACE = 3.0
 LINGER = 60.0
 """The same as PATIENCE after rank 0 has said that the run is over."""
 LOG_LIMIT = 256 * 2**20
-STOP_SIGNALS = (signal.SIGTERM, signal.SIGHUP, signal.SIGUSR2)
-"""Besides Ctrl-C; USR2 is what Slurm sends to the batch script before the time limit."""
+STOP_SIGNALS = (signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2)
+"""Besides Ctrl-C; USR2, or what `slurm.signal` says, is what Slurm sends to the batch script before the time limit."""
 
 
 @dataclass

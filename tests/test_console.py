@@ -29,7 +29,12 @@ HYDRA = (
     + b"\nYOUR APPLICATION TERMINATED WITH THE EXIT STRING: Killed (signal 9)\n"
     + b"This typically refers to a problem with your application.\nPlease see the FAQ page for debugging suggestions\n"
 )
-SRUN = b"srun: error: n01: task 1: Exited with exit code 1\nslurmstepd: error: *** STEP 12.0 ON n01 CANCELLED ***\n"
+SRUN = (
+    b"srun: error: n01: task 1: Exited with exit code 1\n"
+    b"slurmstepd: error: *** STEP 12.0 ON n01 CANCELLED ***\n"
+    b"slurmstepd-n01: error: *** STEP 12.0 ON n01 CANCELLED AT 2026-01-01T00:00:00 ***\n"
+    b"slurmstepd-n01: error:  mpi/pmix_v4: _errhandler: n01 [0]: Error handler invoked: status = -61\n"
+)
 
 
 def _through(part: Parted, data: bytes, size: int = 10**6) -> bytes:

@@ -113,11 +113,12 @@ def test_a_run_leaves_what_the_readme_says(folder: Path, launcher: str) -> None:
     "program",
     [
         ["mpirun", "-np", "2"],
+        ["mpirun", "-np", "1"],
         [str(BIN / "horovodrun"), "-np", "2"],
         [str(BIN / "horovodrun"), "-np", "2", "--gloo"],
         [],
     ],
-    ids=["mpirun", "horovodrun", "horovodrun-gloo", "alone"],
+    ids=["mpirun", "mpirun-one-rank", "horovodrun", "horovodrun-gloo", "alone"],
 )
 def test_ranks_start_under_any_launcher_by_hand(folder: Path, program: list[str]) -> None:
     """And resume on another number of ranks under `harness run`, with the same losses as one run."""

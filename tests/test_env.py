@@ -178,3 +178,10 @@ def test_any_environment_gives_a_valid_place_or_a_sentence(environ):
     except Unavailable:
         return
     assert 0 <= found.rank < found.size
+
+
+def test_a_shell_that_srun_started_is_no_rank() -> None:
+    """`srun --pty bash`, then a start without any launcher. With PMIx, the one task is a rank of its own."""
+    shell = SRUN | {"SLURM_PROCID": "0", "SLURM_STEP_NUM_TASKS": "1", "SLURM_NTASKS": "1", "SLURM_LOCALID": "0"}
+    assert identify(shell).launcher == "none"
+    assert identify(shell | {"PMIX_RANK": "0"}).launcher == "slurm"

@@ -75,8 +75,16 @@ def test_srun_only_where_it_starts_mpi(path) -> None:
     assert make_plan(_config(), [], without).job.launcher == "mpirun", "not inside a job"
 
 
+def test_no_srun_inside_a_step_which_would_wait_for_that_steps_cores(path) -> None:
+    environ = path(mpirun=OPEN_MPI, srun=': > "$0.started"') | JOB
+    assert make_plan(_config(), [], environ | {"SLURM_STEP_ID": "0"}).job.launcher == "mpirun"
+    assert not Path(environ["PATH"], "srun.started").exists()
+    assert make_plan(_config(), [], environ | {"SLURM_STEP_ID": "4294967290"}).job.launcher == "srun", "salloc's shell"
+    assert make_plan(_config(launcher="srun"), [], environ | {"SLURM_STEP_ID": "0"}).job.launcher == "srun", "as told"
+
+
 def test_show_asks_srun_for_its_list_only(path) -> None:
-    srun = 'case "$1" in --mpi=list) echo pmix;; *) touch "$0.started";; esac'
+    srun = 'case "$1" in --mpi=list) echo pmix;; *) : > "$0.started";; esac'
     environ = path(mpirun=OPEN_MPI, srun=srun) | JOB
     assert make_plan(_config(), [], environ, probe_srun=False).job.launcher == "srun"
     assert not Path(environ["PATH"], "srun.started").exists()

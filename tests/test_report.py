@@ -73,6 +73,35 @@ def test_the_launchers_words_name_the_rank() -> None:
     assert "the launcher said:\n  | not enough slots" in text
 
 
+@pytest.mark.parametrize(
+    ("line", "code", "rank", "told"),
+    [
+        ("n07: task 3: Exited with exit code 7", 7, 3, "rank 3 on n07 ended with code 7, last seen at step 12"),
+        ("n07: tasks 2-3,5: Exited with exit code 1", 1, 2, "rank 2 on n07 ended with code 1"),
+        ("n07: task 1: Segmentation fault (core dumped)", 139, 1, "rank 1 on n07 was ended by SIGSEGV"),
+        ("n07: task 1: Killed", 137, 1, "rank 1 on n07 was ended by SIGKILL"),
+    ],
+)
+def test_srun_names_the_first_rank(line: str, code: int, rank: int, told: str) -> None:
+    """srun's own code is that of the ranks which it killed afterwards."""
+    noise = [
+        "srun: cluster configuration lacks support for cpu binding",
+        f"srun: error: {line}",
+        "srun: launch/slurm: _step_signal: Terminating StepId=5.6",
+        "srun: error: n07: task 0: Killed",
+    ]
+    ending = judge([], {"step": 12, "attempt": 1}, attempt=1, returncode=137, noise=noise)
+    assert (ending.code, ending.rank) == (code, rank)
+    assert ending.text.startswith(f"error: {told}")
+
+
+def test_srun_without_a_rank_is_quoted() -> None:
+    line = "srun: error: Unable to create step for job 5: Requested node configuration is not available"
+    ending = judge([], {}, attempt=1, returncode=1, noise=[line])
+    assert (ending.code, ending.rank) == (1, None)
+    assert f"  | {line}" in ending.text
+
+
 def test_hydra_names_the_signal() -> None:
     ending = judge(
         [], {}, attempt=1, returncode=9, noise=["YOUR APPLICATION TERMINATED WITH THE EXIT STRING: Killed (signal 9)"]

@@ -233,7 +233,7 @@ def test_ctrl_c_once_saves_and_stops(launch) -> None:
     assert not any(noise in err for noise in NOISE)
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR2, signal.SIGHUP])
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2, signal.SIGHUP])
 def test_other_signals_stop_too_and_twice_is_still_once(launch, number: signal.Signals) -> None:
     run = launch("""
         everybody_is_here()
