@@ -156,8 +156,14 @@ def _distribute(
         raise ConfigError(f"horovod.op=adasum needs 2, 4, 8, ... ranks, not {ranks}")
     if settings.op == "adasum" and not hvd.mpi_enabled():
         raise ConfigError("horovod.op=adasum needs MPI; Horovod has no Adasum over Gloo", hint="use mpirun or srun")
-    if settings.op == "adasum" and any(_sparse_embeddings(model)) and not settings.sparse_as_dense:
-        raise ConfigError("horovod.op=adasum cannot reduce sparse gradients", hint="set horovod.sparse_as_dense=true")
+    if any(_sparse_embeddings(model)):
+        if settings.groups is not None:
+            raise ConfigError("horovod.groups cannot hold sparse gradients", hint="leave horovod.groups unset")
+        for field, value in (("op", "adasum"), ("compression", "fp16")):
+            if getattr(settings, field) == value and not settings.sparse_as_dense:
+                raise ConfigError(
+                    f"horovod.{field}={value} cannot reduce sparse gradients", hint="set horovod.sparse_as_dense=true"
+                )
     parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
     plain = all(parameter.is_contiguous() and parameter.dtype != torch.bfloat16 for parameter in parameters)
     if settings.compression == "fp16":
@@ -191,8 +197,8 @@ class LayoutCompression:
         return tensor.to(torch.float32 if tensor.dtype == torch.bfloat16 else tensor.dtype).contiguous(), tensor
 
     @staticmethod
-    def decompress(tensor: Tensor, like: Tensor) -> Tensor:
-        return torch.empty_like(like).copy_(tensor)
+    def decompress(tensor: Tensor, like: Tensor | None) -> Tensor:
+        return tensor if like is None else torch.empty_like(like).copy_(tensor)  # None: sparse, never compressed
 
 
 def _poison(loss: Tensor) -> Tensor:

@@ -123,6 +123,23 @@ def test_sparse_gradients_are_counted_and_clipped_once_per_row() -> None:
     assert float(table.weight.detach().norm()) == pytest.approx(1.0, rel=1e-5)
 
 
+@pytest.mark.parametrize(
+    "settings", [{"compression": "fp16"}, {"groups": 2}, {"groups": 2, "sparse_as_dense": True}], ids=str
+)
+def test_what_horovod_cannot_do_with_sparse_gradients_is_refused(settings: dict[str, object]) -> None:
+    table = torch.nn.Embedding(10, 3, sparse=True)
+    with pytest.raises(ConfigError, match="sparse gradients"):
+        Update(
+            table,
+            torch.optim.SGD(table.parameters(), lr=1.0),
+            train=Train(steps=1, global_batch=4),
+            horovod=Horovod.model_validate(settings),
+            passes=1,
+            ranks=2,
+            device=CPU,
+        )
+
+
 def test_fp16_needs_a_gpu() -> None:
     with pytest.raises(ConfigError, match="needs a GPU"):
         make(precision="fp16")
@@ -146,6 +163,7 @@ def test_layout_compression_restores_dtype_and_strides(dtype: torch.dtype) -> No
     assert back.dtype == dtype
     assert back.stride() == gradient.stride()
     assert torch.equal(back, gradient)
+    assert LayoutCompression.decompress(wire, None) is wire  # as Horovod asks for sparse gradients
 
 
 def test_ema_follows_the_formula_and_swaps_in_and_out() -> None:
