@@ -18,7 +18,7 @@ from harness.env import Environment, identify
 from harness.errors import Exit, HarnessError, InternalError, Stopped
 from harness.failure import code_of, leave, record
 from harness.log import redirect
-from harness.rundir import Attempt, RunDir, open_run
+from harness.rundir import Attempt, RunDir, open_run, storage_errors
 
 if TYPE_CHECKING:
     from harness.config import Config
@@ -41,6 +41,8 @@ def main() -> None:
     except HarnessError as error:
         if environment is None or environment.rank == 0:  # every rank finds the same mistakes: rank 0 tells them
             print(f"error: {error}", file=sys.stderr, flush=True)
+        elif environment.local_rank in (0, None):  # or only those of this host, which lacks a file or a variable
+            print(f"error on {environment.host}: {error}", file=sys.stderr, flush=True)
         sys.exit(error.code)
     rank = Rank(config, environment)
     try:
@@ -81,7 +83,7 @@ class Rank:
         self._check_same_config()
         if self.attempt is None:
             # a failure on rank 0 ends the job, and with it those who wait here
-            number = open_run(self.config).new_attempt().number if world.is_root else None
+            number = self._new_attempt() if world.is_root else None
             self._use(self.run_dir.attempt(int(str(world.comm.broadcast(number)))))
         assert self.attempt is not None
 
@@ -95,6 +97,7 @@ class Rank:
         except Stopped as stopped:
             job.sinks.record("state", job.progress.step, state="stopped", summary=stopped.message)
             job.sinks.say(str(stopped))
+            job.close()  # loader processes must not outlive the run; all ranks are here
             raise
         except BaseException as error:
             job.sinks.record("state", job.progress.step, state="failed", summary=f"{type(error).__name__}: {error}")
@@ -120,6 +123,12 @@ class Rank:
             if MPI.Is_initialized() and not MPI.Is_finalized():
                 MPI.Finalize()
         os._exit(code)  # nothing is left to do, and atexit hooks of torch or MPI can only hang
+
+    def _new_attempt(self) -> int:
+        run = open_run(self.config)
+        with storage_errors(run.root):
+            run.stop.unlink(missing_ok=True)  # asked of an earlier start
+        return run.new_attempt().number
 
     def _use(self, attempt: Attempt) -> None:
         self.attempt = attempt

@@ -150,3 +150,29 @@ def test_what_a_task_says_about_a_model_it_says_in_evaluation_mode(tmp_path: Pat
     run_evaluation(it, 1)
     assert Chosen.modes == [False, False]
     assert it.model.training
+
+
+def start(config: Path, **environment: str) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "harness", str(config)]
+    kept = {key: value for key, value in os.environ.items() if not key.startswith(("OMPI_", "HARNESS_"))}
+    return subprocess.run(command, env=kept | environment, capture_output=True, text=True, timeout=100, check=False)
+
+
+def test_a_stop_file_of_an_earlier_start_stops_no_later_one(tmp_path: Path) -> None:
+    (tmp_path / "c.yaml").write_text(
+        f"{{name: x, run_dir: {tmp_path}/run, task: {{name: linear}},"
+        " train: {steps: 4, global_batch: 8}, log: {every: 1}}"
+    )
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run/stop").touch()
+    done = start(tmp_path / "c.yaml")
+    assert done.returncode == 0, done.stderr
+    assert "finished at step 4" in done.stdout
+
+
+@pytest.mark.parametrize(("local_rank", "tells"), [("0", True), ("1", False)])
+def test_one_rank_of_each_host_tells_what_is_wrong_there(tmp_path: Path, local_rank: str, tells: bool) -> None:
+    place = {"OMPI_COMM_WORLD_RANK": "1", "OMPI_COMM_WORLD_SIZE": "2", "OMPI_COMM_WORLD_LOCAL_RANK": local_rank}
+    done = start(tmp_path / "only-on-rank-0.yaml", **place)
+    assert done.returncode == 66
+    assert ("only-on-rank-0.yaml" in done.stderr) == tells
