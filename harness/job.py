@@ -40,6 +40,8 @@ class Progress:
     """The best value so far of the metric that early stopping watches."""
     waited: int = 0
     """Evaluations since then."""
+    evaluated: int = 0
+    """The step of the last evaluation: one that a stop left out is made up for on the restart."""
 
 
 @dataclass(frozen=True)

@@ -43,9 +43,10 @@ def train(job: Job) -> None:
         job.sinks.say(f"{job.run.root} is finished: nothing to do after step {first}; a higher train.steps goes on")
         return
     meter, skipped = Meter(), 0
-    evaluated, saved = None, first
+    # an evaluation that a stop left out
+    ended = due(first, job.config.eval.every) and job.progress.evaluated != first and run_evaluation(job, first)
     with batches_of(job, first) as batches:
-        for step in range(first, job.steps):
+        for step in range(first, first if ended else job.steps):
             job.clock.step = step
             seed_generators(job.config.seed, step, job.world.rank)
             lr_factor = factor(job.config.schedule, step, job.steps)
@@ -80,20 +81,17 @@ def train(job: Job) -> None:
                 interval = meter.exchange(job.world, job.clock, stop=job.stop.wanted())
                 stop = interval.stop and not last
                 tell(job, interval, done, result, lr_factor, first, started)
-            if due(done, job.config.eval.every) and not stop:
-                evaluated = done
-                if run_evaluation(job, done):
-                    break
-            if due(done, job.config.checkpoint.every) and not stop and not last and try_to_save(job, done):
-                saved = done
+            if due(done, job.config.eval.every) and not stop and run_evaluation(job, done):
+                break
+            if due(done, job.config.checkpoint.every) and not stop and not last:
+                try_to_save(job, done)
             if stop:
                 save(job, done)
                 raise Stopped(f"stopped at step {done} of {job.steps}, state saved", hint="run it again to go on")
     done = job.progress.step
-    if done > first and evaluated != done:
+    if job.progress.evaluated != done:
         run_evaluation(job, done)
-    if saved != done:
-        save(job, done)
+    save(job, done)
     if job.world.is_root and (line := export(job)) is not None:
         job.sinks.say(line)
     job.sinks.record("state", done, state="finished", summary=f"{done} steps")
@@ -138,7 +136,7 @@ def restore(job: Job) -> int:
     extra = job.extra()
     step = job.manager.restore(job.state(extra))
     if step is not None:
-        for name in vars(job.progress):
+        for name in vars(job.progress).keys() & extra.keys():
             setattr(job.progress, name, extra[name])
         if job.update.scaler is not None and extra["scaler"] is not None:
             job.update.scaler.load_state_dict(extra["scaler"])
@@ -148,14 +146,12 @@ def restore(job: Job) -> int:
     return step or 0
 
 
-def try_to_save(job: Job, done: int) -> bool:
+def try_to_save(job: Job, done: int) -> None:
     """Write a checkpoint on the way; one that fails is told and training goes on. Collective, the same on all ranks."""
     try:
         save(job, done)
     except StorageError as error:
         job.sinks.say(f"warning: no checkpoint at step {done}: {error}")
-        return False
-    return True
 
 
 def save(job: Job, done: int) -> None:
@@ -169,6 +165,7 @@ def save(job: Job, done: int) -> None:
 
 def run_evaluation(job: Job, done: int) -> bool:
     """Evaluate and tell; True when early stopping ends the run. Collective, and the same on all ranks."""
+    job.progress.evaluated = done
     with job.clock("evaluation"):
         metrics = evaluate(job)
     if metrics:

@@ -19,11 +19,11 @@ from harness.checkpoint.comm import Single
 from harness.clock import Clock
 from harness.config import Config
 from harness.env import identify
-from harness.errors import StorageError
+from harness.errors import Stopped, StorageError
 from harness.failure import record
 from harness.job import Job, build
 from harness.log import Tee
-from harness.loop import run_evaluation
+from harness.loop import run_evaluation, train
 from harness.rundir import RunDir
 from harness.sinks.jsonl import JsonLines
 from harness.task import Task
@@ -142,6 +142,51 @@ def test_early_stopping_where_no_value_is_finite(tmp_path: Path, capsys: pytest.
     Chosen.given[:] = [math.nan]
     assert run_evaluation(it, 1)
     assert "given has not improved on nan for 1 evaluations" in capsys.readouterr().out
+
+
+class StopAt:
+    """Asks for a stop at the given log interval."""
+
+    def __init__(self, interval: int) -> None:
+        self.left = interval
+
+    def wanted(self) -> bool:
+        self.left -= 1
+        return self.left == 0
+
+
+@pytest.mark.parametrize("stop_at", [1, 2, 3, 4])
+def test_early_stopping_is_the_same_with_a_stop_anywhere(tmp_path: Path, stop_at: int) -> None:
+    sections: dict[str, Any] = {
+        "train": {"steps": 8, "global_batch": 8},
+        "log": {"every": 1},
+        "eval": {"every": 2, "stop": {"metric": "given", "patience": 1}},
+    }
+    Chosen.given[:] = [2.0, 1.0, 3.0, 0.0]  # improves at steps 2 and 4, and no more at 6
+    stopped = job(tmp_path, **sections)
+    object.__setattr__(stopped, "stop", StopAt(stop_at))
+    with pytest.raises(Stopped, match=f"step {stop_at} of 8"):
+        train(stopped)
+    resumed = job(tmp_path, **sections)
+    train(resumed)
+    assert (resumed.progress.step, resumed.progress.best, Chosen.given) == (6, 1.0, [0.0])
+
+
+def test_a_run_that_an_evaluation_left_out_ends_stays_ended(tmp_path: Path) -> None:
+    sections: dict[str, Any] = {
+        "train": {"steps": 8, "global_batch": 8},
+        "log": {"every": 1},
+        "eval": {"every": 2, "stop": {"metric": "given", "patience": 1}},
+    }
+    Chosen.given[:] = [1.0, 2.0, 0.0, 0.0]
+    stopped = job(tmp_path, **sections)
+    object.__setattr__(stopped, "stop", StopAt(4))
+    with pytest.raises(Stopped):
+        train(stopped)
+    for _ in range(2):
+        resumed = job(tmp_path, **sections)
+        train(resumed)
+        assert (resumed.progress.step, resumed.progress.waited, Chosen.given) == (4, 1, [0.0, 0.0])
 
 
 def test_what_a_task_says_about_a_model_it_says_in_evaluation_mode(tmp_path: Path) -> None:
