@@ -10,12 +10,13 @@ import argparse
 import hashlib
 import os
 import sys
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from harness.clock import Clock
 from harness.env import Environment, identify
-from harness.errors import Exit, HarnessError, InternalError, Stopped
+from harness.errors import Exit, HarnessError, InternalError, Stopped, Unavailable
 from harness.failure import code_of, leave, record
 from harness.log import redirect
 from harness.rundir import Attempt, RunDir, open_run, storage_errors
@@ -47,12 +48,12 @@ def main() -> None:
     rank = Rank(config, environment)
     try:
         rank.run()
+        rank.finish(Exit.FINISHED)
     except Stopped:
         rank.finish(Exit.STOPPED)
     except BaseException as error:
         record(error, environment, rank.clock, rank.attempt)
         leave(code_of(error))
-    rank.finish(Exit.FINISHED)
 
 
 class Rank:
@@ -71,7 +72,13 @@ class Rank:
         from harness.device import set_threads
 
         if self.environment.attempt is not None:  # started by `harness run`, which made the run directory
-            self._use(self.run_dir.attempt(self.environment.attempt))
+            attempt = self.run_dir.attempt(self.environment.attempt)
+            if not attempt.root.is_dir():
+                raise Unavailable(
+                    f"HARNESS_ATTEMPT is {self.environment.attempt}, but {attempt.root} is not there",
+                    hint="unset HARNESS_ATTEMPT, or see that all hosts share the run directory",
+                )
+            self._use(attempt)
         set_threads(self.config.launch.threads, self.environment.local_size)
         if self.config.data.workers:
             from harness.data import start_forkserver
@@ -100,7 +107,8 @@ class Rank:
             job.close()  # loader processes must not outlive the run; all ranks are here
             raise
         except BaseException as error:
-            job.sinks.record("state", job.progress.step, state="failed", summary=f"{type(error).__name__}: {error}")
+            with suppress(HarnessError, OSError):  # a full disk must not hide the cause
+                job.sinks.record("state", job.progress.step, state="failed", summary=f"{type(error).__name__}: {error}")
             raise
         finally:
             job.sinks.close()
@@ -109,8 +117,9 @@ class Rank:
     def finish(self, code: Exit) -> None:
         """Leave together: a rank that exits early with a code other than 0 makes mpirun kill the others."""
         self.clock.section = "exit"
-        sys.stdout.flush()
-        sys.stderr.flush()
+        with suppress(OSError):
+            sys.stdout.flush()
+            sys.stderr.flush()
         if self.world is not None and self.world.size > 1:
             self.world.comm.barrier()
         if self.world is not None and self.world.controller != "none":

@@ -25,7 +25,7 @@ import pickle
 import random
 import signal
 import traceback
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Generator, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
@@ -70,7 +70,7 @@ def train_batches(
     workers: int = 0,
     prefetch: int = 2,
     pin: bool = False,
-) -> Iterator[Batch]:
+) -> Generator[Batch, None, None]:
     """`plan.passes` micro batches for each step in [start_step, stop_step), in order.
 
     Step s covers positions [s * global_batch, (s + 1) * global_batch) of the order; this rank takes the rank-th of
@@ -285,7 +285,7 @@ def _loader(
     )
 
 
-def _batches(loader: DataLoader[Any]) -> Iterator[Batch]:
+def _batches(loader: DataLoader[Any]) -> Generator[Batch, None, None]:
     try:
         batches = iter(loader)
     except (pickle.PicklingError, AttributeError, TypeError) as error:

@@ -6,6 +6,7 @@ What is not here: binding processes to cores, which the launcher does.
 from __future__ import annotations
 
 import os
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
 from harness.errors import Unavailable
@@ -29,17 +30,20 @@ def set_threads(wanted: int | None, local_size: int | None) -> int:
     return wanted
 
 
-def choose_device(local_rank: int, local_size: int) -> torch.device:
+def choose_device(local_rank: int, local_size: int, all_gather: Callable[[str], Sequence[object]]) -> torch.device:
     """This rank's device, made current. Raises Unavailable when a node has fewer GPUs than ranks.
 
-    A launcher that shows each rank one GPU only (`--gpus-per-task=1`) makes it device 0 everywhere.
+    Many launchers show each rank one GPU only, which is then device 0 everywhere: `all_gather` gives the values of all
+    ranks on this node, so that the GPUs' own identities tell whether they are different ones. Collective on the node.
     """
     import torch
 
     if not torch.cuda.is_available():
         return torch.device("cpu")
     count = torch.cuda.device_count()
-    if count == 1 and _one_gpu_each():
+    first = str(torch.cuda.get_device_properties(0).uuid) if count == 1 else ""
+    seen = all_gather(first)
+    if first and len(set(map(str, seen))) == len(seen) == local_size:
         index = 0
     elif local_rank >= count:
         raise Unavailable(
@@ -50,10 +54,3 @@ def choose_device(local_rank: int, local_size: int) -> torch.device:
         index = local_rank
     torch.cuda.set_device(index)
     return torch.device("cuda", index)
-
-
-def _one_gpu_each() -> bool:
-    """True when the scheduler gave each task a GPU of its own, rather than one GPU to many ranks."""
-    return bool(os.environ.get("SLURM_GPUS_PER_TASK") or os.environ.get("SLURM_TRES_PER_TASK")) or (
-        os.environ.get("SLURM_GPUS_ON_NODE", "") not in ("", "1")
-    )

@@ -39,7 +39,7 @@ def evaluate(job: Job) -> dict[str, float]:
         mine = {name: float(value) for name, value in sums.items()}
         means_of_all = combine(job.world.comm.all_gather({"count": count, "sums": mine}))
         if job.world.is_root:
-            means_of_all |= job.task.summarize(job.model, means_of_all)
+            means_of_all |= {name: float(x) for name, x in job.task.summarize(job.model, means_of_all).items()}
             if (text := job.task.report(job.model)) is not None:
                 job.sinks.say(text)
     job.model.train()

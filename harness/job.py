@@ -169,7 +169,7 @@ def seed_generators(*key: int) -> None:
 
     Cheap enough for every step: about 20 microseconds.
     """
-    words = np.random.SeedSequence(key).generate_state(3, np.uint32)
+    words = np.random.SeedSequence((len(key), *key)).generate_state(3, np.uint32)  # (7,) and (7, 0) differ
     random.seed(int(words[0]))
     np.random.seed(int(words[1]))
     torch.manual_seed(int(words[2]))

@@ -34,6 +34,9 @@ class Tee:
             self.file.flush()
         self.console.flush()
 
+    def __getattr__(self, name: str) -> object:
+        return getattr(self.console, name)  # buffer, errors, ...
+
     def isatty(self) -> bool:
         return self.console.isatty()
 

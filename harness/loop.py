@@ -15,9 +15,10 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
-from typing import TYPE_CHECKING
+from collections.abc import Generator
+from contextlib import closing, nullcontext
+
+import torch
 
 from harness.checkpoint import latest
 from harness.data import Batch, to_device, train_batches
@@ -30,17 +31,14 @@ from harness.schedule import factor
 from harness.units import show_duration
 from harness.update import Step
 
-if TYPE_CHECKING:
-    import torch
-
 
 def train(job: Job) -> None:
     """Train to the last step. Collective. Raises Stopped after a stop whose state is saved."""
     started = time.perf_counter()
     first = restore(job)
     if first >= job.steps or has_stopped_improving(job):
-        job.sinks.record("state", first, state="finished", summary=f"{first} steps")
-        job.sinks.say(f"{job.run.root} is finished: nothing to do after step {first}; a higher train.steps goes on")
+        job.sinks.say(f"{job.run.root} is finished: nothing to train after step {first}; a higher train.steps goes on")
+        finish(job, started)
         return
     meter, skipped = Meter(), 0
     # an evaluation that a stop left out
@@ -81,17 +79,22 @@ def train(job: Job) -> None:
                 interval = meter.exchange(job.world, job.clock, stop=job.stop.wanted())
                 stop = interval.stop and not last
                 tell(job, interval, done, result, lr_factor, first, started)
-            if due(done, job.config.eval.every) and not stop and run_evaluation(job, done):
+            if due(done, job.config.eval.every) and not stop and not last and run_evaluation(job, done):
                 break
             if due(done, job.config.checkpoint.every) and not stop and not last:
                 try_to_save(job, done)
             if stop:
                 save(job, done)
                 raise Stopped(f"stopped at step {done} of {job.steps}, state saved", hint="run it again to go on")
+    save(job, job.progress.step)  # before anything of the task that may fail
+    finish(job, started)
+
+
+def finish(job: Job, started: float) -> None:
+    """What follows the last step; a run that failed here does it when it is started again. Collective."""
     done = job.progress.step
     if job.progress.evaluated != done:
         run_evaluation(job, done)
-    save(job, done)
     if job.world.is_root and (line := export(job)) is not None:
         job.sinks.say(line)
     job.sinks.record("state", done, state="finished", summary=f"{done} steps")
@@ -103,8 +106,7 @@ def due(done: int, every: int | None) -> bool:
     return every is not None and done % every == 0
 
 
-@contextmanager
-def batches_of(job: Job, first: int) -> Iterator[Iterator[Batch]]:
+def batches_of(job: Job, first: int) -> closing[Generator[Batch, None, None]]:
     """This rank's micro batches from step `first` on; loader workers end with the block."""
     batches = train_batches(
         job.train_data,
@@ -118,17 +120,14 @@ def batches_of(job: Job, first: int) -> Iterator[Iterator[Batch]]:
         prefetch=job.config.data.prefetch,
         pin=job.world.device.type == "cuda",
     )
-    try:
-        yield batches
-    finally:
-        if hasattr(batches, "close"):
-            batches.close()
+    return closing(batches)
 
 
 def restore(job: Job) -> int:
     """The step to go on from: 0 on a fresh start. Collective."""
     job.clock.section = "restore"
-    if not job.config.checkpoint.resume and job.world.comm.broadcast(latest(job.run.checkpoints) is not None):
+    found = job.world.is_root and not job.config.checkpoint.resume and latest(job.run.checkpoints) is not None
+    if job.world.comm.broadcast(found):
         raise ConfigError(
             f"{job.run.root} already holds checkpoints, and checkpoint.resume is false",
             hint="choose another run_dir, or let it resume",
@@ -227,6 +226,8 @@ def steps_in(done: int, job: Job, first: int) -> int:
 
 
 def export(job: Job) -> str | None:
-    """The task's results, written by rank 0 while the others wait at the end of the run."""
+    """The task's results, written by rank 0 while the others wait; the averaged parameters, where there are any."""
     job.clock.section = "export"
-    return job.task.export(job.model, job.run.root)
+    job.model.eval()
+    with torch.no_grad(), job.ema.applied() if job.ema is not None else nullcontext():
+        return job.task.export(job.model, job.run.root)

@@ -21,10 +21,6 @@ def handle_nonfinite(job: Job, step: int, losses: list[torch.Tensor], skipped: i
     policy = job.config.train.nonfinite
     if policy == "ignore":
         return
-    overflow = job.update.scaler is not None  # fp16: the scaler looks for its scale, and has skipped the step itself
-    if (policy == "skip" or overflow) and skipped < SKIPS_IN_A_ROW:
-        job.sinks.say(f"step {step}: the gradient is not finite, skipped on all ranks")
-        return
     values = [str(told).split() for told in job.world.comm.all_gather(" ".join(str(float(x)) for x in losses))]
     begin = step * job.plan.global_batch
     ids = job.order.ids(begin, begin + job.plan.global_batch)
@@ -33,6 +29,10 @@ def handle_nonfinite(job: Job, step: int, losses: list[torch.Tensor], skipped: i
         for rank, told in enumerate(values)
         if any(loss in ("nan", "inf", "-inf") for loss in told)
     }
+    overflow = job.update.scaler is not None and not culprits  # fp16: the scaler looks for its scale
+    if (policy == "skip" or overflow) and skipped < SKIPS_IN_A_ROW:
+        job.sinks.say(f"step {step}: the gradient is not finite, skipped on all ranks")
+        return
     report = job.run.root / f"nonfinite-step-{step}.json"
     if job.world.is_root:
         write_json(report, {"step": step, "losses": values, "ids": ids.tolist(), "ids_by_rank": culprits})

@@ -105,7 +105,8 @@ class Update:
             self._clip(norm)
         with self.optimizer.skip_synchronize() if self.distributed else nullcontext():
             if self.scaler is not None:
-                self.scaler.step(self.optimizer)  # skips by itself where it found an infinity
+                if taken:
+                    self.scaler.step(self.optimizer)  # skips by itself where it found an infinity
                 self.scaler.update()
             elif taken:
                 self.optimizer.step()

@@ -98,16 +98,15 @@ def bring_up(environment: Environment, settings: Settings, directory: Path) -> W
     else:
         mpi = _start_mpi(environment)
 
-    local_rank, local_size = environment.local_rank, environment.local_size
+    local_rank, local_size = environment.local_rank or 0, environment.local_size or 1
+    node: Comm = Single()
     if mpi is not None:
-        node = mpi.COMM_WORLD.Split_type(mpi.COMM_TYPE_SHARED)
+        node = Mpi(mpi.COMM_WORLD.Split_type(mpi.COMM_TYPE_SHARED))
         local_rank, local_size = node.rank, node.size
-        node.Free()
-    local_rank, local_size = local_rank or 0, local_size or 1
 
     import horovod.torch as hvd
 
-    device = choose_device(local_rank, local_size)
+    device = choose_device(local_rank, local_size, node.all_gather)
     try:
         hvd.init(comm=mpi.COMM_WORLD) if mpi is not None else hvd.init()
     except Exception as error:

@@ -140,7 +140,7 @@ def test_the_frozen_config_goes_on_with_the_run(folder: Path) -> None:
     assert run(folder, "run.yaml", "train.steps=6", "-n", "2").returncode == 0
     again = run(folder, "runs/run", "-n", "2")
     assert again.returncode == 0
-    assert "finished: nothing to do" in again.stdout
+    assert "is finished: nothing to train" in again.stdout
     more = run(folder, "runs/run/config.yaml", "train.steps=12", "-n", "2")
     assert more.returncode == 0, more.stdout + more.stderr
     assert sorted(losses(folder)) == [2, 4, 6, 8, 10, 12]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from itertools import pairwise
 
 import pytest
 import torch
@@ -86,8 +87,8 @@ def test_schedules_rise_to_one_and_never_rise_again(name: str, warmup: int) -> N
     values = [factor(schedule, step, 100) for step in range(100)]
     peak = max(warmup - 1, 0)
     assert values[peak] == pytest.approx(1.0)
-    assert all(a < b for a, b in zip(values[:peak], values[1 : peak + 1], strict=True))
-    assert all(a >= b for a, b in zip(values[peak:], values[peak + 1 :], strict=False))
+    assert all(a < b for a, b in pairwise(values[: peak + 1]))
+    assert all(a >= b for a, b in pairwise(values[peak:]))
     if name in ("linear", "cosine"):
         assert values[-1] == pytest.approx(0.1)
 

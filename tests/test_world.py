@@ -7,6 +7,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -70,32 +71,37 @@ def test_threads_follow_config_environment_and_cores(monkeypatch: pytest.MonkeyP
     assert os.environ["OMP_NUM_THREADS"] == "1"
 
 
-@pytest.mark.parametrize(
-    ("count", "local_rank", "environ", "expected"),
-    [(4, 2, {}, 2), (1, 3, {"SLURM_GPUS_PER_TASK": "1"}, 0), (1, 0, {}, 0)],
-)
-def test_gpus_by_local_rank(
-    count: int, local_rank: int, environ: dict[str, str], expected: int, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    chosen = []
+def fake_gpus(monkeypatch: pytest.MonkeyPatch, count: int, uuid: str) -> list[int]:
+    """A node whose ranks see `count` GPUs, the first with this identity; returns what is made current."""
+    chosen: list[int] = []
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: count)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda index: SimpleNamespace(uuid=uuid))
     monkeypatch.setattr(torch.cuda, "set_device", chosen.append)
-    for name in ("SLURM_GPUS_PER_TASK", "SLURM_TRES_PER_TASK", "SLURM_GPUS_ON_NODE"):
-        monkeypatch.delenv(name, raising=False)
-    for name, value in environ.items():
-        monkeypatch.setenv(name, value)
-    assert choose_device(local_rank, 4) == torch.device("cuda", expected)
+    return chosen
+
+
+@pytest.mark.parametrize(
+    ("count", "local_rank", "local_size", "others", "expected"),
+    [
+        (4, 2, 4, ["", "", "", ""], 2),
+        (1, 3, 4, ["a", "b", "c", "d"], 0),  # one GPU each
+        (1, 0, 1, ["d"], 0),
+    ],
+)
+def test_gpus_by_local_rank(
+    count: int, local_rank: int, local_size: int, others: list[str], expected: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    chosen = fake_gpus(monkeypatch, count, "d")
+    assert choose_device(local_rank, local_size, lambda mine: others) == torch.device("cuda", expected)
     assert chosen == [expected]
 
 
-def test_more_ranks_than_gpus_is_a_sentence(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
-    for name in ("SLURM_GPUS_PER_TASK", "SLURM_TRES_PER_TASK", "SLURM_GPUS_ON_NODE"):
-        monkeypatch.delenv(name, raising=False)
-    with pytest.raises(Unavailable, match="2 GPUs for 4 ranks"):
-        choose_device(2, 4)
+@pytest.mark.parametrize(("count", "others"), [(2, ["", "", "", ""]), (1, ["d", "d", "d", "d"])])
+def test_more_ranks_than_gpus_is_a_sentence(count: int, others: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    fake_gpus(monkeypatch, count, "d")
+    with pytest.raises(Unavailable, match=f"{count} GPUs? for 4 ranks"):
+        choose_device(2, 4, lambda mine: others)
 
 
 def test_an_error_file_says_who_when_and_where(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -33,7 +33,10 @@ TASKS: dict[str, dict[str, Any]] = {
         "task.args": {"text": TEXT, "min_count": 1, "width": 8},
         "optim": {"name": "adagrad", "lr": 0.1},
     },
-    "resnet": {"task.args": {"depth": 18, "size": 16, "samples": 64, "classes": 4, "width": 8}, "train.global_batch": 16},
+    "resnet": {
+        "task.args": {"depth": 18, "size": 16, "samples": 64, "classes": 4, "width": 8},
+        "train.global_batch": 16,
+    },
 }
 NORMALISED = {"resnet"}
 """BatchNorm sees micro batches, whose statistics depend on the number of ranks."""
