@@ -123,7 +123,7 @@ class Update:
         self.optimizer.zero_grad()
         if self.train.nonfinite == "ignore":
             return Step(None, True, True)
-        total = float(_norm(p for group in self.optimizer.param_groups for p in group["params"]))
+        total = float(_norm(p.detach() for group in self.optimizer.param_groups for p in group["params"]))
         return Step(None, total - total == 0.0, True)
 
     def _gradients(self) -> Iterator[Tensor]:
