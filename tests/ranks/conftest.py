@@ -24,8 +24,10 @@ if "HARNESS_RANKS" not in os.environ:
 @pytest.fixture(scope="session")
 def world() -> Iterator[object]:
     from harness.config import Horovod
+    from harness.data import start_forkserver
     from harness.world import bring_up
 
+    start_forkserver()  # before MPI, as in a real rank
     yield bring_up(identify(), Horovod(), Path.cwd())
 
 
