@@ -25,7 +25,7 @@ from harness.world import World
 OUT = Path(os.environ.get("HARNESS_OUT", "."))
 TEXT = str(Path(__file__).resolve().parent.parent.parent / "harness" / "loop.py")
 TASKS: dict[str, dict[str, Any]] = {
-    "linear": {"train.global_batch": 40, "optim": {"name": "gd", "lr": 0.1}},
+    "linear": {"train.global_batch": 48, "optim": {"name": "gd", "lr": 0.1}},
     "digits": {"task.args": {"width": 4}, "optim": {"name": "momentum", "lr": 0.05}, "schedule": {"name": "cosine"}},
     "charlm": {"task.args": {"text": TEXT, "block": 16, "layers": 1, "width": 16, "heads": 2}},
     "rnn": {"task.args": {"text": TEXT, "block": 16, "width": 16}, "optim": {"name": "rmsprop"}},
