@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 import re
+from decimal import Decimal
 from typing import Annotated
 
 from pydantic import BeforeValidator, WithJsonSchema
@@ -57,11 +58,11 @@ def size(value: object) -> int:
         unit = match[2].lower() if match else ""
         if not match or (unit and unit not in _UNITS):
             raise ValueError(f"{value[:MAX_LENGTH]!r} is not a size; write it as 64MB or 8GiB")
-        number = float(match[1]) * _UNITS.get(unit, 1)
+        number = Decimal(match[1]) * _UNITS.get(unit, 1)  # float would lose bytes of large sizes
     else:
-        number = float(value)
-    if not math.isfinite(number) or number < 0:
-        raise ValueError("a size is a finite number that is not negative")
+        number = Decimal(value) if math.isfinite(value) else Decimal(-1)
+    if not 0 <= number < 10**24:
+        raise ValueError("a size is a finite number of bytes that is not negative")
     return int(number)
 
 

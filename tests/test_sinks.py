@@ -77,6 +77,7 @@ def test_a_terminal_gets_a_bar_and_the_log_file_plain_lines(monkeypatch: pytest.
     terminal, file = io.StringIO(), io.StringIO()
     monkeypatch.setattr("sys.stdout", Tee(terminal, file))
     monkeypatch.setenv("HARNESS_TTY", "100")
+    monkeypatch.setenv("TERM", "xterm")
     console = Console(steps=20)
     console.record({"kind": "train", "step": 10, **TRAIN})
     console.say("a [bold] word")
