@@ -58,12 +58,12 @@ def size(value: object) -> int:
         unit = match[2].lower() if match else ""
         if not match or (unit and unit not in _UNITS):
             raise ValueError(f"{value[:MAX_LENGTH]!r} is not a size; write it as 64MB or 8GiB")
-        number = Decimal(match[1]) * _UNITS.get(unit, 1)  # float would lose bytes of large sizes
+        text, factor = match[1], _UNITS.get(unit, 1)
     else:
-        number = Decimal(value) if math.isfinite(value) else Decimal(-1)
-    if not 0 <= number < 10**24:
+        text, factor = repr(value), 1
+    if not 0 <= float(text) * factor < 1e24:  # also false for nan
         raise ValueError("a size is a finite number of bytes that is not negative")
-    return int(number)
+    return int(Decimal(text) * factor)  # a float would lose bytes of large sizes
 
 
 def show_duration(seconds: float) -> str:
