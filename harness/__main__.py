@@ -12,7 +12,7 @@ import os
 import sys
 from contextlib import suppress
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NoReturn
 
 from harness.clock import Clock
 from harness.env import Environment, identify
@@ -28,9 +28,7 @@ if TYPE_CHECKING:
 
 def main() -> None:
     """Ends the process with one of the codes of `harness.errors.Exit`."""
-    parser = argparse.ArgumentParser(
-        prog="python -m harness", description="One rank of a run; start it with an MPI launcher."
-    )
+    parser = Parser(prog="python -m harness", description="One rank of a run; start it with an MPI launcher.")
     parser.add_argument("config", type=Path, help="a config file, or a run directory to go on with")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="dotted overrides, as optim.lr=3e-4")
     parser.add_argument("--site", action="append", default=[], help="a site file from configs/sites/")
@@ -54,6 +52,14 @@ def main() -> None:
     except BaseException as error:
         record(error, environment, rank.clock, rank.attempt)
         leave(code_of(error))
+
+
+class Parser(argparse.ArgumentParser):
+    """argparse with the exit code for a wrong command line."""
+
+    def error(self, message: str) -> NoReturn:
+        self.print_usage(sys.stderr)
+        self.exit(int(Exit.USAGE), f"error: {message}\n")
 
 
 class Rank:

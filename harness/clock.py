@@ -14,6 +14,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 SECTIONS = ("data", "forward/backward", "communication", "update", "evaluation", "checkpoint")
+OWN_WORK = ("data", "forward/backward", "update")
+"""What a rank does without waiting for others."""
 
 
 class Clock:

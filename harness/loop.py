@@ -37,9 +37,11 @@ def train(job: Job) -> None:
     started = time.perf_counter()
     first = restore(job)
     if first >= job.steps or has_stopped_improving(job):
-        job.sinks.say(f"{job.run.root} is finished: nothing to train after step {first}; a higher train.steps goes on")
+        more = "train.steps" if job.config.train.steps is not None else "train.epochs"
+        job.sinks.say(f"{job.run.root} is finished: nothing to train after step {first}; a higher {more} goes on")
         finish(job, started)
         return
+    job.sinks.say(describe(job))
     meter, skipped = Meter(), 0
     # an evaluation that a stop left out
     ended = due(first, job.config.eval.every) and job.progress.evaluated != first and run_evaluation(job, first)
@@ -85,7 +87,7 @@ def train(job: Job) -> None:
                 try_to_save(job, done)
             if stop:
                 save(job, done)
-                raise Stopped(f"stopped at step {done} of {job.steps}, state saved", hint="run it again to go on")
+                raise Stopped(f"stopped at step {done} of {job.steps}, state saved")
     save(job, job.progress.step)  # before anything of the task that may fail
     finish(job, started)
 
@@ -99,6 +101,16 @@ def finish(job: Job, started: float) -> None:
         job.sinks.say(line)
     job.sinks.record("state", done, state="finished", summary=f"{done} steps")
     job.sinks.say(f"finished at step {done} after {show_duration(time.perf_counter() - started)}")
+
+
+def describe(job: Job) -> str:
+    """What is about to be trained, in a line."""
+    parameters = sum(parameter.numel() for parameter in job.model.parameters())
+    where = f"{job.world.size} rank{'s' * (job.world.size != 1)} on {len(set(job.world.hosts))} host(s)"
+    return (
+        f"{job.config.task.name}: {parameters:,} parameters, {job.order.samples:,} samples, {job.steps:,} steps of"
+        f" {job.plan.global_batch}; {where}, {job.world.device.type}; {job.run.root}"
+    )
 
 
 def due(done: int, every: int | None) -> bool:

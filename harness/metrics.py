@@ -12,10 +12,8 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from harness.clock import SECTIONS, Clock
+from harness.clock import OWN_WORK, SECTIONS, Clock
 from harness.world import World
-
-OWN_WORK = ("data", "forward/backward", "update")  # what a rank does without waiting for others
 
 
 @dataclass(frozen=True)

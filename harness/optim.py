@@ -49,7 +49,7 @@ def make_optimizer(parameters: Iterable[Any], settings: Optim, *, lr: float) -> 
     arguments = BUILT_IN.get(settings.name, ("", {}))[1] | given | settings.args
     if settings.name == "gd" and arguments.get("momentum"):
         raise ConfigError("optim.momentum does not apply to gd", hint="use optim.name=momentum")
-    if wrong := [key for key in arguments if key not in accepted]:
+    if wrong := [f"args.{key}" if key in settings.args else key for key in arguments if key not in accepted]:
         raise ConfigError(
             f"optim.{' and optim.'.join(wrong)} {'does' if len(wrong) == 1 else 'do'} not apply to {settings.name}",
             hint=f"it takes {', '.join(key for key in accepted if key not in ('params', 'self'))}",

@@ -2,6 +2,7 @@
 
 RUN/config.yaml            the frozen config: `harness run RUN` goes on with it
     config.1.yaml          the one before, when a run went on with other free fields
+        lock                   held by `harness run` while it runs
     status.json            state, step, rate, last checkpoint; written by rank 0
     metrics.jsonl          one line per log interval, evaluation and event
     checkpoints/           see `harness.checkpoint`
@@ -118,7 +119,8 @@ class RunDir:
 def open_run(config: Config) -> RunDir:
     """Make or enter the run directory of a config and freeze the config in it. Idempotent; one process calls it.
 
-    A run goes on only with a config of the same mathematics (`harness.config.MATHEMATICS`). Where other fields differ,
+    A run goes on only with a config of the same mathematics (`harness.config.MATHEMATICS`), unless all its starts ended
+    before the first step: a mistake that was found then binds nobody. Where other fields differ,
     the new config is frozen and the old one kept as `config.<n>.yaml`. Raises ConfigError naming what differs,
     StorageError where the directory cannot be made or written.
     """
@@ -137,7 +139,7 @@ def open_run(config: Config) -> RunDir:
         write_atomic(run.config, freeze(config))
         return run
     frozen = resolve(run.config).config
-    if changed := compare(frozen, config, under=MATHEMATICS, but=FREE):
+    if (changed := compare(frozen, config, under=MATHEMATICS, but=FREE)) and not _never_trained(run):
         raise ConfigError(
             "\n  ".join([f"{run.root} holds a run that computes something else than this config:", *changed]),
             hint="choose another run_dir, or go on with that run's values",
@@ -151,6 +153,11 @@ def open_run(config: Config) -> RunDir:
         write_atomic(kept, before)  # first, so that at no moment a config is lost
         write_atomic(run.config, freeze(config))
     return run
+
+
+def _never_trained(run: RunDir) -> bool:
+    saved = any(run.checkpoints.glob("step-*")) if run.checkpoints.is_dir() else False
+    return bool(run.attempts()) and not saved and not run.read_status().get("step")
 
 
 @contextmanager

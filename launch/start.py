@@ -5,6 +5,7 @@ One start, one attempt. Starting again by itself (restart, requeue) would be a l
 
 from __future__ import annotations
 
+import fcntl
 import os
 import platform
 import shutil
@@ -12,8 +13,10 @@ import socket
 import sys
 import time
 import uuid
+from collections.abc import Iterator
+from contextlib import contextmanager
 
-from harness.errors import StorageError
+from harness.errors import StorageError, Unavailable
 from harness.rundir import RunDir, storage_errors, write_json
 from launch import processes
 from launch.plan import Plan
@@ -23,6 +26,26 @@ from launch.supervise import supervise
 
 def start(plan: Plan, run: RunDir) -> int:
     """Run to the end and say how it ended; returns the exit code. Raises HarnessError where it cannot start."""
+    with _alone(run):
+        return _start(plan, run)
+
+
+@contextmanager
+def _alone(run: RunDir) -> Iterator[None]:
+    """Two starts in one run directory would mix their checkpoints. The lock goes with the process, however it ends."""
+    with storage_errors(run.root):
+        file = open(run.root / "lock", "a")  # noqa: SIM115 - closed below
+    with file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise Unavailable(f"{run.root} is running already", hint="wait for it, or choose another run_dir") from None
+        except OSError as error:  # a file system without locks
+            print(f"note: {run.root} cannot be locked ({error.strerror}): start it once only", file=sys.stderr)
+        yield
+
+
+def _start(plan: Plan, run: RunDir) -> int:
     attempt = run.new_attempt()
     run_id = uuid.uuid4().hex
     env = {"HARNESS_ATTEMPT": str(attempt.number), processes.RUN_ID: run_id}

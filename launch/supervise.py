@@ -12,6 +12,7 @@ from __future__ import annotations
 import contextlib
 import os
 import selectors
+import shlex
 import signal
 import subprocess
 import sys
@@ -182,7 +183,7 @@ def _with_advice(ending: Ending, run: RunDir, attempt: Attempt) -> str:
     if ending.state == "failed":
         log = attempt.log(ending.rank if ending.rank is not None else 0)
         lines.append(f"logs: {log if log.exists() else attempt.root}")
-    if ending.state != "finished":
+    if ending.state != "finished" and ending.code != Exit.CONFIG:  # the same config again would fail again
         lines.append(_next_step(run))
     return "\n".join(lines)
 
@@ -190,7 +191,7 @@ def _with_advice(ending: Ending, run: RunDir, attempt: Attempt) -> str:
 def _next_step(run: RunDir) -> str:
     saved = run.read_status().get("last_checkpoint")
     state = f"the state of step {saved} is saved; go on" if isinstance(saved, int) else "start again"
-    return f"{state} with: harness run {run.root}"
+    return f"{state} with: harness run {shlex.quote(str(run.root))}"
 
 
 class _Streams:

@@ -238,6 +238,24 @@ def test_ctrl_c_twice_ends_at_once(folder: Path) -> None:
     assert list((folder / "runs/run/checkpoints").glob("step-????????/manifest.json"))
 
 
+def test_two_starts_in_one_run_directory(folder: Path) -> None:
+    slow = ["run.yaml", "task.name=tasks_for_tests:Slow", "train.steps=200", "-n", "1"]
+    first = subprocess.Popen(
+        command(*slow), cwd=folder, env=environment(), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+    )
+    assert first.stdout is not None
+    for line in first.stdout:
+        if line.startswith("step "):
+            break
+    second = run(folder, *slow)
+    assert second.returncode == 69
+    assert "runs/run is running already" in second.stderr
+    first.send_signal(signal.SIGINT)
+    assert first.wait(60) == 75, first.stdout.read()
+    assert len(RunDir(folder / "runs/run").attempts()) == 1
+    nobody_is_left(folder)
+
+
 WRONG = {
     "missing file": (["nope.yaml"], 66, "nope.yaml"),
     "unknown key": (["run.yaml", "optim.lrr=1"], 78, "did you mean optim.lr?"),

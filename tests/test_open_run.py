@@ -17,7 +17,7 @@ from harness.config import FREE, MATHEMATICS, Config
 from harness.errors import ConfigError, Exit, StorageError
 from harness.frozen import compare, freeze, leaves
 from harness.resolve import resolve
-from harness.rundir import RunDir, open_run
+from harness.rundir import RunDir, open_run, write_json
 
 LEAST = ["name=x", "task.name=linear", "train.steps=9", "train.global_batch=8"]
 
@@ -281,3 +281,13 @@ def test_importing_rundir_is_light():
     code = "import sys; import harness.rundir; print('pydantic' in sys.modules, 'ruamel.yaml' in sys.modules)"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, timeout=60)
     assert done.stdout.strip() == "False False", done.stderr
+
+
+def test_a_mistake_found_before_the_first_step_does_not_bind_the_directory():
+    run = open_run(config("task.name=mytsk:Net"))
+    run.new_attempt()
+    open_run(config("task.name=mytask:Net"))
+    assert (run.root / "config.1.yaml").read_text() == freeze(config("task.name=mytsk:Net"))
+    write_json(run.status, {"state": "failed", "step": 3})
+    with pytest.raises(ConfigError, match="computes something else"):
+        open_run(config("task.name=mytsk:Net"))

@@ -64,7 +64,7 @@ def test_any_torch_optimizer_by_path() -> None:
         (Optim(name="adam", momentum=0.9), "optim.momentum does not apply to adam"),
         (Optim(name="gd", momentum=0.9), "optim.momentum does not apply to gd"),
         (Optim(name="sgd", betas=(0.9, 0.99), eps=1e-8), "optim.betas and optim.eps do not apply"),
-        (Optim(name="sgd", args={"colour": 1}), "optim.colour does not apply"),
+        (Optim(name="sgd", args={"colour": 1}), "optim.args.colour does not apply"),
         (Optim(name="nesterov", args={"dampening": 0.5}), "does not accept its settings"),
     ],
 )

@@ -91,10 +91,12 @@ def test_a_terminal_gets_a_bar_and_the_log_file_plain_lines(monkeypatch: pytest.
 
 def test_slow_ranks_and_communication_are_named() -> None:
     slow = {"slowdown": 2.0, "slowest_rank": 3, "slowest_host": "node07", "share/communication": 0.25}
+    slow["seconds/forward/backward"] = 0.5
     told = describe({**TRAIN, **slow})
     assert "rank 3 (node07) 2.0x slower" in told
     assert "25% communication" in told
-    assert "slower" not in describe({**TRAIN, "slowdown": 1.1})
+    assert "slower" not in describe({**TRAIN, **slow, "slowdown": 1.1})
+    assert "slower" not in describe({**TRAIN, **slow, "seconds/forward/backward": 0.001}), "noise"
 
 
 def test_numbers() -> None:

@@ -15,13 +15,14 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 from rich.table import Column
 from rich.text import Text
 
+from harness.clock import OWN_WORK
 from harness.env import identify
 from harness.sinks import Record
 from harness.units import show_duration
 
 HIDDEN = {"kind", "step"}
-SLOW = 1.3
-"""A rank whose own work takes this many times the mean of all ranks is named."""
+SLOW, NOTICEABLE = 1.3, 0.02
+"""A rank is named whose own work takes this many times the mean, and so many seconds per step more: less is noise."""
 
 
 class Console:
@@ -90,13 +91,19 @@ def describe(record: Record) -> str:
     waiting = record.get("share/communication")
     if isinstance(waiting, float) and waiting >= 0.005:
         parts.append(f"{waiting:.0%} communication")
-    slowdown = record.get("slowdown")
-    if isinstance(slowdown, float) and slowdown >= SLOW:
+    slowdown, work = record.get("slowdown"), own_work(record)
+    if isinstance(slowdown, float) and slowdown >= SLOW and work * (slowdown - 1) >= NOTICEABLE:
         parts.append(f"rank {record.get('slowest_rank')} ({record.get('slowest_host')}) {slowdown:.1f}x slower")
     eta = record.get("eta_s")
     if isinstance(eta, float):
         parts.append(f"eta {show_duration(eta)}")
     return "  ".join(parts)
+
+
+def own_work(record: Record) -> float:
+    """Mean seconds per step that ranks spend on work of their own."""
+    values = (record.get(f"seconds/{name}") for name in OWN_WORK)
+    return sum(value for value in values if isinstance(value, float))
 
 
 def number(value: object) -> str:

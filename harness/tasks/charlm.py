@@ -118,8 +118,8 @@ class CharLM(Task):
     def report(self, model: nn.Module) -> str:
         """A line that the model writes."""
         prompt = self.text[-self.held_out - 64 : -self.held_out].long()
-        text = bytes(write(model, prompt, count=100, block=self.block)).decode(errors="replace").replace("\n", "\\n")
-        return "sample: " + "".join(letter if letter.isprintable() else "?" for letter in text)
+        text = bytes(write(model, prompt, count=100, block=self.block)).decode(errors="replace").replace("\n", "⏎")
+        return "sample: " + "".join(letter if letter.isprintable() and letter != "\ufffd" else "·" for letter in text)
 
 
 class CharRNN(CharLM):
