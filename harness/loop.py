@@ -106,7 +106,8 @@ def finish(job: Job, started: float) -> None:
 def describe(job: Job) -> str:
     """What is about to be trained, in a line."""
     parameters = sum(parameter.numel() for parameter in job.model.parameters())
-    where = f"{job.world.size} rank{'s' * (job.world.size != 1)} on {len(set(job.world.hosts))} host(s)"
+    ranks, hosts = job.world.size, len(set(job.world.hosts))
+    where = f"{ranks} rank{'s' * (ranks != 1)} on {hosts} host{'s' * (hosts != 1)}"
     return (
         f"{job.config.task.name}: {parameters:,} parameters, {job.order.samples:,} samples, {job.steps:,} steps of"
         f" {job.plan.global_batch}; {where}, {job.world.device.type}; {job.run.root}"

@@ -2,7 +2,7 @@
 
 RUN/config.yaml            the frozen config: `harness run RUN` goes on with it
     config.1.yaml          the one before, when a run went on with other free fields
-        lock                   held by `harness run` while it runs
+    lock                   held by `harness run` while it runs
     status.json            state, step, rate, last checkpoint; written by rank 0
     metrics.jsonl          one line per log interval, evaluation and event
     checkpoints/           see `harness.checkpoint`
