@@ -92,7 +92,8 @@ class Rank:
             start_forkserver()
         from harness.world import bring_up
 
-        self.world = world = bring_up(self.environment, self.config.horovod, self.run_dir.root)
+        exact = self.config.train.deterministic
+        self.world = world = bring_up(self.environment, self.config.horovod, self.run_dir.root, exact=exact)
         self._check_same_config()
         if self.attempt is None:
             # a failure on rank 0 ends the job, and with it those who wait here

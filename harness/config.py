@@ -73,7 +73,7 @@ class Train(Section):
     ema: Annotated[float, Field(gt=0, lt=1)] | None = None
     """Decay of an exponential moving average of the parameters, used for evaluation; unset: none."""
     deterministic: bool = True
-    """Deterministic kernels only: the same run twice gives the same bits."""
+    """The same run twice gives the same bits: deterministic kernels; on more than 2 ranks gradients are not packed."""
 
     @model_validator(mode="after")
     def _one_length(self) -> Train:
@@ -164,7 +164,7 @@ class Horovod(Section):
     sparse_as_dense: bool = False
     """Turn sparse gradients into dense ones before they travel."""
     fusion: Size | None = None
-    """HOROVOD_FUSION_THRESHOLD: gradients are packed into buffers of up to this size (128MB); 0 turns packing off."""
+    """HOROVOD_FUSION_THRESHOLD: size of the buffers gradients are packed into, 0: none. See `train.deterministic`."""
     cycle_time: Duration | None = None
     """HOROVOD_CYCLE_TIME: how often Horovod looks for gradients that all ranks have ready (1ms)."""
     cache_capacity: Count | None = None

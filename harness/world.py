@@ -80,9 +80,11 @@ class World:
                 tensor.copy_(flat.view(tensor.dtype).view(tensor.shape))
 
 
-def bring_up(environment: Environment, settings: Settings, directory: Path) -> World:
-    """Join the other ranks. Collective. Raises Unavailable, the same on all ranks, when they do not form one world."""
-    os.environ.update(horovod_environment(settings, directory))
+def bring_up(environment: Environment, settings: Settings, directory: Path, *, exact: bool = True) -> World:
+    """Join the other ranks. Collective. `exact`: the same sums in every run.
+
+    Raises Unavailable, the same on all ranks, when they do not form one world."""
+    os.environ.update(horovod_environment(settings, directory, exact=exact and environment.size > 2))
     if settings.timeline or settings.autotune:  # Horovod opens its files now, before the run directory is made
         with storage_errors(directory):
             directory.mkdir(parents=True, exist_ok=True)
@@ -140,13 +142,17 @@ def check_views(views: dict[str, tuple[int, int]], launcher: str) -> None:
         )
 
 
-def horovod_environment(settings: Settings, directory: Path) -> dict[str, str]:
-    """Horovod's settings as its environment variables (horovod 0.28, docs/); unset fields are left alone. Pure."""
+def horovod_environment(settings: Settings, directory: Path, *, exact: bool = False) -> dict[str, str]:
+    """Horovod's settings as its environment variables (horovod 0.28, docs/); unset fields are left alone. Pure.
+
+    `exact` turns packing off unless it is set: which gradients share a buffer depends on timing, and where a number
+    lies in a buffer decides in which order more than two ranks add it.
+    """
     variables: dict[str, object] = {
         "HOROVOD_STALL_CHECK_TIME_SECONDS": round(settings.stall_warn) or None,
         "HOROVOD_STALL_CHECK_DISABLE": None if settings.stall_warn else 1,
         "HOROVOD_STALL_SHUTDOWN_TIME_SECONDS": round(settings.stall_stop) or None,
-        "HOROVOD_FUSION_THRESHOLD": settings.fusion,
+        "HOROVOD_FUSION_THRESHOLD": 0 if exact and settings.fusion is None else settings.fusion,
         "HOROVOD_CYCLE_TIME": None if settings.cycle_time is None else settings.cycle_time * 1e3,
         "HOROVOD_CACHE_CAPACITY": settings.cache_capacity,
     }

@@ -77,7 +77,7 @@ def test_language_models_learn_and_write(model: str, tmp_path: Path) -> None:
     found = evaluate(task, net)
     assert found["bits_per_byte"] < 0.5
     assert found["bits_per_byte"] == pytest.approx(found["loss"] / math.log(2))
-    assert "of ten lines\\nline" in task.report(net)
+    assert "of ten lines⏎line" in task.report(net)
     assert task.report(net) == task.report(net)
 
 

@@ -45,6 +45,8 @@ def test_horovods_settings_are_its_environment(tmp_path: Path) -> None:
         "HOROVOD_STALL_CHECK_TIME_SECONDS": "30",
         "HOROVOD_STALL_SHUTDOWN_TIME_SECONDS": "120",
     }
+    assert horovod_environment(Horovod(), tmp_path, exact=True)["HOROVOD_FUSION_THRESHOLD"] == "0"
+    assert horovod_environment(settings, tmp_path, exact=True)["HOROVOD_FUSION_THRESHOLD"] == "64000000"
     off = horovod_environment(Horovod.model_validate({"stall_warn": 0}), tmp_path)
     assert off == {"HOROVOD_STALL_CHECK_DISABLE": "1"}
 
