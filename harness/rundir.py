@@ -31,6 +31,10 @@ if TYPE_CHECKING:
     from harness.config import Config
 
 
+CONSEQUENCES = ("HorovodInternalError",)
+"""Errors a rank has because another one failed first."""
+
+
 @dataclass(frozen=True)
 class Attempt:
     """One start of a run."""
@@ -201,7 +205,7 @@ def write_json(path: Path, value: object) -> None:
 
 def _precedence(error: dict[str, Any]) -> tuple[bool, float]:
     time = error.get("time")
-    return error.get("type") == "HorovodInternalError", float(time) if isinstance(time, (int, float)) else 0.0
+    return error.get("type") in CONSEQUENCES, float(time) if isinstance(time, (int, float)) else 0.0
 
 
 def _read_object(path: Path) -> dict[str, Any]:

@@ -17,9 +17,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from harness.errors import Exit
+from harness.rundir import CONSEQUENCES
 
-CONSEQUENCES = ("HorovodInternalError",)
-"""Errors a rank has because another one failed first."""
 _SIGNALLED = re.compile(r"process rank (\d+) with PID \d+ on node (\S+) exited on signal (\d+)")
 _SRUN = re.compile(
     r"srun: error: (\S+): tasks? (\d+)[\d,-]*: (?:Exited with exit code (\d{1,3})|(.+?)(?: \(core dumped\))?)$"
