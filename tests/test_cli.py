@@ -129,11 +129,19 @@ def test_the_command_that_is_shown_can_be_pasted(config: str, capsys, tmp_path: 
     command = out.partition("\n# launch\n")[2].partition("\n# batch script\n")[0]
     command = "\n".join(line for line in command.splitlines() if not line.startswith("note: "))
     assert f"{sys.executable} -m harness exp.yaml" in command.replace("\\\n  ", "")
-    program = tmp_path / "program"  # not a bare echo: mpirun may fail for what ends while it still starts
-    program.write_text('#!/bin/sh\necho "$@"\nsleep 0.5\n')
+    program = tmp_path / "program"
+    program.write_text('#!/bin/sh\necho "$@"\n')
     program.chmod(0o755)
     told = command.replace(sys.executable, str(program)).replace("\\\n", "")
-    done = subprocess.run(["bash", "-c", told], capture_output=True, text=True, timeout=60, stdin=subprocess.DEVNULL)
+    # Python's own view of the environment: MPI, which other tests start in this process, adds to the C library's
+    done = subprocess.run(
+        ["bash", "-c", told],
+        env=dict(os.environ),
+        capture_output=True,
+        text=True,
+        timeout=60,
+        stdin=subprocess.DEVNULL,
+    )
     assert done.returncode == 0, done.stderr
     assert done.stdout.splitlines() == ["-m harness exp.yaml train.steps=9 launch.ranks=2"] * 2
 
