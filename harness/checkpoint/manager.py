@@ -43,8 +43,9 @@ from harness.checkpoint.plan import make_plan
 from harness.checkpoint.policy import Keep, keep_last
 from harness.checkpoint.reader import load
 from harness.checkpoint.replicas import compare
+from harness.checkpoint.restoring import Restore
 from harness.checkpoint.schema import schema_hash, schema_lines
-from harness.checkpoint.snapshot import Restore, Snapshot
+from harness.checkpoint.snapshot import Snapshot
 from harness.checkpoint.state import State, complain, prepare, take
 from harness.checkpoint.tree import encode
 from harness.errors import DataError, HarnessError

@@ -14,8 +14,9 @@ from typing import Any
 
 from harness.checkpoint.comm import Json
 from harness.checkpoint.manifest import Manifest
+from harness.checkpoint.restoring import Restore, check_fit, compare, maker
 from harness.checkpoint.schema import Leaf, Placement, escape
-from harness.checkpoint.snapshot import Restore, Snapshot, check_fit, compare, maker, take_tree
+from harness.checkpoint.snapshot import Snapshot, take_tree
 from harness.checkpoint.tree import complete, decode
 from harness.errors import DataError
 

@@ -11,8 +11,9 @@ from collections.abc import Mapping
 from typing import Any
 
 from harness.checkpoint.comm import Json
+from harness.checkpoint.restoring import Restore, compare, maker
 from harness.checkpoint.schema import Leaf, escape
-from harness.checkpoint.snapshot import Restore, Snapshot, compare, maker, take_tree
+from harness.checkpoint.snapshot import Snapshot, take_tree
 from harness.checkpoint.tensors import is_tensor
 from harness.checkpoint.tree import complete, decode, encode
 from harness.errors import DataError

@@ -19,8 +19,9 @@ from harness.checkpoint.comm import Json
 from harness.checkpoint.manifest import Manifest
 from harness.checkpoint.modules import parameter_names, prepare_module, take_module
 from harness.checkpoint.optimizers import prepare_optimizer, take_optimizer
+from harness.checkpoint.restoring import Restore, check_fit, compare, maker
 from harness.checkpoint.schema import Leaf, check_schema, escape
-from harness.checkpoint.snapshot import Restore, Snapshot, check_fit, compare, maker, take_tree
+from harness.checkpoint.snapshot import Snapshot, take_tree
 from harness.checkpoint.tensors import is_tensor, new_tensor
 from harness.checkpoint.tree import complete, decode
 from harness.errors import DataError
