@@ -46,6 +46,7 @@ from harness.checkpoint.replicas import compare
 from harness.checkpoint.restoring import Restore
 from harness.checkpoint.schema import schema_hash, schema_lines
 from harness.checkpoint.snapshot import Snapshot
+from harness.checkpoint.staging import Image, Staging
 from harness.checkpoint.state import State, complain, prepare, take
 from harness.checkpoint.tree import encode
 from harness.errors import DataError, HarnessError
@@ -76,6 +77,7 @@ class Manager:
         self._tell = logging.getLogger("harness.checkpoint").warning if log is None else log
         self._engine = choose(engine, self.comm, self._log)
         self._check_replicas = check_replicas
+        self._staging = Staging()
         self._saves = 0
         self._from_rank0: tuple[int, ...] = ()
         self._form: _Form | None = None
@@ -175,9 +177,17 @@ class Manager:
         if self._check_replicas and self._saves % self._check_replicas == 0:
             self._compare(layout, buffers)
 
-        def write() -> tuple[None, Json]:
+        def stage() -> tuple[list[Image], Json]:
             plan = make_plan(layout, rank=self.comm.rank, size=self.comm.size, from_rank0=self._from_rank0)
-            digests = self._engine.write(data, layout, plan, buffers, self.comm)
+            images = self._staging.prepare(layout, plan)
+            self._staging.fill(buffers)
+            return images, None
+
+        # Before any rank opens the file: with mpio that is collective, and a rank that is not there keeps the others.
+        images, _ = together(self.comm, step, "while it copied its part", stage)
+
+        def write() -> tuple[None, Json]:
+            digests = self._engine.write(data, layout, images, self.comm)
             return None, [[block, f"{value:x}"] for block, value in digests.items()]
 
         _, digests = together(self.comm, step, "while it wrote its part", write)

@@ -14,8 +14,8 @@ import numpy as np
 import xxhash
 
 from harness.checkpoint.comm import Comm
-from harness.checkpoint.engines import IMAGE
 from harness.checkpoint.layout import Layout
+from harness.checkpoint.staging import IMAGE
 from harness.checkpoint.tensors import Buffer
 
 

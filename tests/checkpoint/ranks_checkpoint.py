@@ -199,12 +199,12 @@ class Checks:
             manager = self.manager("failure", engine=engine)
             manager.save(1, State(**trained_state()))
             engine_type = type(manager._engine)
-            images = sys.modules[engine_type.__module__]
+            moving = sys.modules[engine_type.__module__]
             places = [
                 (module, "take", self.comm.size - 1),
                 (module, "wait_for", self.comm.size - 1),
-                (images, "block_digests", self.comm.size - 1),
-                (images, "images", 0),
+                (moving, "block_digests", self.comm.size - 1),
+                (module.Staging, "fill", 0),
                 (module.commit, "begin", 0),
                 (module.commit, "seal", 0),
                 (module.commit, "publish", 0),

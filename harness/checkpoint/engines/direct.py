@@ -3,16 +3,14 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Iterable
 from pathlib import Path
 
 from harness.checkpoint.comm import Comm
 from harness.checkpoint.digest import block_digests
-from harness.checkpoint.engines import images
 from harness.checkpoint.file import write_all
 from harness.checkpoint.layout import Layout
-from harness.checkpoint.plan import Plan
-from harness.checkpoint.tensors import Buffer
+from harness.checkpoint.staging import Image
 
 
 class Direct:
@@ -20,14 +18,18 @@ class Direct:
 
     name = "direct"
     superblock_first = False
+    background = True
 
-    def write(self, path: Path, layout: Layout, plan: Plan, buffers: Sequence[Buffer], comm: Comm) -> dict[int, int]:
+    def __init__(self, reason: str = "it works everywhere") -> None:
+        self.reason = reason
+
+    def write(self, path: Path, layout: Layout, images: Iterable[Image], comm: Comm) -> dict[int, int]:
         digests: dict[int, int] = {}
         descriptor = os.open(path, os.O_RDWR | os.O_NOFOLLOW | os.O_CLOEXEC)
         try:
-            for block, offset, image in images(layout, plan, buffers):
-                digests.update(enumerate(block_digests(image, layout.block), start=block))
-                write_all(descriptor, image, offset)
+            for image in images:
+                digests.update(enumerate(block_digests(image.data, layout.block), start=image.block))
+                write_all(descriptor, image.data, image.offset)
             os.fdatasync(descriptor)
         finally:
             os.close(descriptor)

@@ -9,16 +9,16 @@ from __future__ import annotations
 
 import os
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
 from harness.checkpoint.comm import Comm
 from harness.checkpoint.digest import block_digests
-from harness.checkpoint.engines import images
 from harness.checkpoint.layout import Layout
-from harness.checkpoint.plan import Plan, boxes
-from harness.checkpoint.tensors import Buffer, Bytes
+from harness.checkpoint.plan import boxes
+from harness.checkpoint.staging import Image
+from harness.checkpoint.tensors import Bytes
 from harness.errors import InternalError
 
 
@@ -40,8 +40,10 @@ class Mpio:
 
     name = "mpio"
     superblock_first = True
+    background = False
 
-    def __init__(self, log: Callable[[str], None]) -> None:
+    def __init__(self, log: Callable[[str], None], reason: str = "it was asked for") -> None:
+        self.reason = reason
         from mpi4py import MPI
 
         self._alone = MPI.COMM_SELF
@@ -49,7 +51,7 @@ class Mpio:
         if library.startswith("Open MPI v4") and not os.environ.get("OMPI_MCA_io"):  # noqa: SIM112
             log("engine mpio: Open MPI 4's own MPI-IO can hang with HDF5; set OMPI_MCA_io=romio321 in the environment")
 
-    def write(self, path: Path, layout: Layout, plan: Plan, buffers: Sequence[Buffer], comm: Comm) -> dict[int, int]:
+    def write(self, path: Path, layout: Layout, images: Iterable[Image], comm: Comm) -> dict[int, int]:
         import h5py
 
         if threading.current_thread() is not threading.main_thread():
@@ -59,14 +61,14 @@ class Mpio:
         with h5py.File(path, "r+", driver="mpio", comm=mpi, libver=("v108", "v108")) as file:
             transfer = h5py.h5p.create(h5py.h5p.DATASET_XFER)
             transfer.set_dxpl_mpio(h5py.h5fd.MPIO_INDEPENDENT)
-            for block, offset, image in images(layout, plan, buffers):
-                digests.update(enumerate(block_digests(image, layout.block), start=block))
-                for piece in layout.pieces(offset, offset + len(image)):
-                    at = piece.offset - offset
+            for image in images:
+                digests.update(enumerate(block_digests(image.data, layout.block), start=image.block))
+                for piece in layout.pieces(image.offset, image.offset + len(image.data)):
+                    at = piece.offset - image.offset
                     leaf = layout.leaves[piece.leaf]
                     lo, hi = piece.lo // leaf.itemsize, piece.hi // leaf.itemsize
                     dataset = h5py.h5d.open(file.id, leaf.name.encode())
-                    _write(dataset, leaf.shape, lo, hi, image[at : at + piece.hi - piece.lo], transfer)
+                    _write(dataset, leaf.shape, lo, hi, image.data[at : at + piece.hi - piece.lo], transfer)
         descriptor = os.open(path, os.O_RDWR | os.O_NOFOLLOW | os.O_CLOEXEC)
         try:
             os.fdatasync(descriptor)

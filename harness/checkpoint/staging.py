@@ -1,0 +1,130 @@
+"""Memory that holds the image of this rank's own part of the file: what is written, apart from what is trained.
+
+    staging = Staging()
+    images = staging.prepare(layout, plan)      # memory for the blocks of the plan, zeros between tensors
+    staging.fill(buffers)                       # copy the tensors' bytes: afterwards they may change
+    digests = engine.write(path, layout, images, comm)
+
+It is one rank's share of the state, about 1/size of it, and is kept for the next save. It knows no files and no ranks.
+"""
+
+from __future__ import annotations
+
+import mmap
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from harness.checkpoint.layout import Layout
+from harness.checkpoint.plan import Plan
+from harness.checkpoint.tensors import Bytes
+from harness.errors import InternalError
+
+if TYPE_CHECKING:
+    from harness.checkpoint.tensors import Buffer
+
+IMAGE = 16 << 20
+"""Bytes of an image, at the most (or one block, where blocks are larger)."""
+
+
+@dataclass(frozen=True, eq=False)
+class Image:
+    """A part of the file as it is to be: whole blocks.
+
+    `block`: number of its first block. `offset`: where it lies in the file, a multiple of the block size. `data`: its
+    bytes, in memory that begins at a page.
+    """
+
+    block: int
+    offset: int
+    data: Bytes
+
+
+class Staging:
+    """Reused memory for the blocks of one plan. One save at a time: `prepare` makes earlier images invalid.
+
+    Not safe for several threads at once, but `fill` may run in another thread than `prepare`.
+    """
+
+    def __init__(self) -> None:
+        self._memory: Bytes = np.empty(0, np.uint8)
+        self._layout: Layout | None = None
+        self._plan: Plan | None = None
+        self._runs: list[tuple[int, int, int]] = []  # (lo, hi, at): file bytes [lo, hi) lie at `at` of the memory
+        self._images: list[Image] = []
+
+    def prepare(self, layout: Layout, plan: Plan) -> list[Image]:
+        """Memory for the plan's blocks, in images of at most IMAGE bytes, in file order; zeros between tensors.
+
+        What is not yet filled is undefined. Raises MemoryError.
+        """
+        if layout is self._layout and plan == self._plan:
+            return self._images
+        self._layout = None
+        self._images, self._runs, needed = [], [], 0
+        for first, last in plan.runs:
+            lo, hi = layout.block_range(first)[0], layout.block_range(last - 1)[1]
+            self._runs.append((lo, hi, needed))
+            needed += -(-(hi - lo) // mmap.PAGESIZE) * mmap.PAGESIZE
+        self._reserve(needed)
+        for lo, hi, at in self._runs:
+            done = lo
+            for piece in layout.pieces(lo, hi):
+                self._memory[at + done - lo : at + piece.offset - lo] = 0
+                done = piece.offset + piece.hi - piece.lo
+            self._memory[at + done - lo : at + hi - lo] = 0
+        runs = iter(self._runs)
+        lo = hi = at = 0
+        for block, begin, end in plan.ranges(layout, IMAGE):
+            while not lo <= begin < hi:
+                lo, hi, at = next(runs)
+            self._images.append(Image(block, begin, self._memory[at + begin - lo : at + end - lo]))
+        self._layout, self._plan = layout, plan
+        return self._images
+
+    def fill(self, buffers: Sequence[Buffer], leaves: Collection[int] | None = None) -> None:
+        """Copy the bytes of these leaves that lie in the plan's blocks; None: of all.
+
+        `buffers`: one per leaf of the layout, in its order. `leaves`: indices into them.
+        """
+        layout = self._prepared()
+        wanted = None if leaves is None else set(leaves)
+        previous: Buffer | None = None
+        for lo, hi, at in self._runs:
+            for piece in layout.pieces(lo, hi):
+                if wanted is not None and piece.leaf not in wanted:
+                    continue
+                buffer = buffers[piece.leaf]
+                if previous is not None and previous is not buffer:
+                    previous.release()
+                previous = buffer
+                start = at + piece.offset - lo
+                self._memory[start : start + piece.hi - piece.lo] = buffer.read(piece.lo, piece.hi)
+        if previous is not None:
+            previous.release()
+
+    def put(self, offset: int, data: Bytes) -> None:
+        """Bytes at an offset of the file, inside one run of the plan's blocks. Raises InternalError elsewhere."""
+        self._prepared()
+        for lo, hi, at in self._runs:
+            if lo <= offset and offset + len(data) <= hi:
+                self._memory[at + offset - lo : at + offset - lo + len(data)] = data
+                return
+        raise InternalError(f"{len(data)} bytes at {offset} of the file are not this rank's to write")
+
+    def close(self) -> None:
+        """Give the memory back, as soon as nobody holds its images."""
+        self.__init__()  # type: ignore[misc]
+
+    def _prepared(self) -> Layout:
+        if self._layout is None:
+            raise InternalError("the staging memory was used before it was prepared")
+        return self._layout
+
+    def _reserve(self, size: int) -> None:
+        """Memory of at least this size that begins at a page. It is taken from the system as it is touched."""
+        if len(self._memory) < size:
+            self._memory = np.empty(0, np.uint8)  # first, so that old and new do not exist at once
+            self._memory = np.frombuffer(mmap.mmap(-1, size), np.uint8)
