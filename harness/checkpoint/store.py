@@ -4,6 +4,7 @@
     step-00001200-2/        saved again at the same step; the higher number is the newer
     step-00001300.tmp-.../  being written, or left by a program that ended; `clean` removes it
     step-00001100/damaged.json   found damaged when it was read; nobody uses it again
+    step-00001100/aside.json     set aside by `roll_back`: nobody uses it until it is brought back
 
 Looking at a checkpoint here is quick: the manifest, the file's size and the digests of its metadata. Its data are
 checked when they are read.
@@ -13,9 +14,9 @@ from __future__ import annotations
 
 import json
 import os
-import re
 import shutil
 import stat
+import time
 import uuid
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -29,11 +30,10 @@ from harness.checkpoint.digest import Table, root
 from harness.checkpoint.file import read_all
 from harness.checkpoint.layout import USER_BLOCK
 from harness.checkpoint.manifest import MAX_TEXT, Manifest, NewerVersion, parse
+from harness.checkpoint.names import ASIDE, DAMAGED, make_name, parse_name
 from harness.checkpoint.policy import Keep
+from harness.checkpoint.tags import read_tags
 from harness.errors import DataError, InputMissing
-
-DAMAGED = "damaged.json"
-_NAME = re.compile(r"step-([0-9]{8,18})(?:-([0-9]{1,9}))?")
 
 
 class Damaged(DataError):
@@ -53,13 +53,22 @@ class Stored:
     path: Path
 
 
-def listing(directory: Path) -> list[Stored]:
-    """Committed checkpoints that nobody found damaged, oldest first. Looks at names only. Raises OSError."""
+def listing(directory: Path, *, aside: bool = False) -> list[Stored]:
+    """Committed checkpoints that nobody found damaged, oldest first. Looks at names only. Raises OSError.
+
+    Those that were set aside are left out; with `aside` they are in it too.
+    """
+    left_out = (DAMAGED,) if aside else (DAMAGED, ASIDE)
+    return [stored for stored in committed(directory) if not any((stored.path / mark).exists() for mark in left_out)]
+
+
+def committed(directory: Path) -> list[Stored]:
+    """All that were ever completed, oldest first, also those damaged or set aside. Raises OSError."""
     found = []
     for path in directory.iterdir() if directory.is_dir() else ():
-        match = _NAME.fullmatch(path.name)
-        if match and not path.is_symlink() and (path / MANIFEST).is_file() and not (path / DAMAGED).exists():
-            found.append(Stored(int(match[1]), int(match[2] or 1), path))
+        name = parse_name(path.name)
+        if name is not None and not path.is_symlink() and (path / MANIFEST).is_file():
+            found.append(Stored(*name, path))
     return sorted(found)
 
 
@@ -70,9 +79,8 @@ def count_damaged(directory: Path) -> int:
 
 def new_name(directory: Path, step: int) -> str:
     """The name of the next checkpoint of a step."""
-    taken = [int(match[2] or 1) for path in directory.iterdir() if (match := _NAME.fullmatch(path.name.split(".")[0]))
-             and int(match[1]) == step]  # fmt: skip
-    return f"step-{step:08d}" if not taken else f"step-{step:08d}-{max(taken) + 1}"
+    names = [parse_name(path.name.partition(TEMPORARY)[0]) for path in directory.iterdir()]
+    return make_name(step, max((name[1] for name in names if name is not None and name[0] == step), default=0) + 1)
 
 
 def latest(directory: str | os.PathLike[str]) -> Path | None:
@@ -169,6 +177,31 @@ def mark_damaged(path: Path, message: str) -> None:
     (path / DAMAGED).write_text(json.dumps({"message": message}) + "\n", encoding="utf-8")
 
 
+def roll_back(directory: Path, target: Path) -> tuple[list[Path], list[Path]]:
+    """Make a checkpoint the newest: those after it are set aside, it and those before it are not. Deletes nothing.
+
+    Returns (now set aside, brought back), oldest first. Where it is interrupted, a checkpoint between the two is the
+    newest; calling it again completes it. Raises InputMissing, OSError.
+    """
+    stored = committed(directory)
+    if target not in (one.path for one in stored):
+        raise InputMissing(f"{target} is no checkpoint of {directory}")
+    at = next(index for index, one in enumerate(stored) if one.path == target)
+    back = [one.path for one in stored[: at + 1] if (one.path / ASIDE).exists()]
+    gone = [one.path for one in stored[at + 1 :] if not (one.path / ASIDE).exists()]
+    for path in back:
+        (path / ASIDE).unlink()
+        sync_directory(path)
+    for path in reversed(gone):
+        with open(path / ASIDE, "w", encoding="utf-8") as file:
+            json.dump({"for": target.name, "at": time.time()}, file)
+            file.write("\n")
+            file.flush()
+            os.fsync(file.fileno())
+        sync_directory(path)
+    return gone, back
+
+
 def clean(directory: Path) -> list[Path]:
     """Remove what programs that ended have left. Only where no other program saves here. Returns what was removed."""
     left = [path for path in directory.glob(f"step-*{TEMPORARY}*") if path.is_dir() and not path.is_symlink()]
@@ -180,8 +213,18 @@ def clean(directory: Path) -> list[Path]:
 def prune(directory: Path, keep: Keep, good: dict[Path, Manifest], log: Callable[[str], None]) -> None:
     """Delete what no rule keeps. Only checkpoints that look good count, and nothing newer than the newest of them goes.
 
-    `good`: those that were looked at before; it is brought up to date. Raises OSError.
+    Those with a tag stay, whatever the rule, and so do those that were set aside. `good`: those that were looked at
+    before; it is brought up to date. Raises OSError.
     """
+    for path in superfluous(directory, keep, good, log):
+        if remove(path):
+            del good[path]
+
+
+def superfluous(
+    directory: Path, keep: Keep, good: dict[Path, Manifest], log: Callable[[str], None] = lambda _: None
+) -> list[Path]:
+    """What `prune` would delete, oldest first."""
     candidates = []
     for stored in listing(directory):
         if stored.path not in good:
@@ -192,16 +235,25 @@ def prune(directory: Path, keep: Keep, good: dict[Path, Manifest], log: Callable
                 continue
         candidates.append(stored)
     kept = keep.select([(stored.step, good[stored.path].metrics) for stored in candidates])
+    named = set(read_tags(directory).values())
+    found = []
     for index, stored in enumerate(candidates):
         superseded = index + 1 < len(candidates) and candidates[index + 1].step == stored.step
-        if index not in kept or superseded:
-            remove(stored.path)
-            del good[stored.path]
+        if (index not in kept or superseded) and stored.path.name not in named:
+            found.append(stored.path)
+    return found
 
 
-def remove(path: Path) -> None:
-    """Delete a checkpoint: first it stops being one, at once, then its files go. Raises OSError."""
+def remove(path: Path) -> bool:
+    """Delete a checkpoint: first it stops being one, at once, then its files go. Raises OSError.
+
+    False, and it stays, where it got a tag in this moment.
+    """
     gone = path.with_name(f"{path.name}{TEMPORARY}{uuid.uuid4().hex}")
     os.rename(path, gone)
+    if path.name in read_tags(path.parent).values():
+        os.rename(gone, path)
+        return False
     sync_directory(path.parent)
     shutil.rmtree(gone, ignore_errors=True)
+    return True
