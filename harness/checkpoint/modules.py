@@ -9,13 +9,12 @@ With a model `State(model=...)` whose head shares its weight with the embedding:
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from harness.checkpoint.comm import Json
-from harness.checkpoint.manifest import Manifest
-from harness.checkpoint.restoring import Restore, check_fit, compare, maker
-from harness.checkpoint.schema import Leaf, Placement, escape
+from harness.checkpoint.restoring import Restore, Source, maker, matched
+from harness.checkpoint.schema import Leaf, Placement, escape, unescape
 from harness.checkpoint.snapshot import Snapshot, take_tree
 from harness.checkpoint.tree import complete, decode
 from harness.errors import DataError
@@ -40,16 +39,18 @@ def tensors_of(module: Any) -> list[tuple[str, Any, Placement]]:
     return found
 
 
+def _identity(tensor: Any) -> object:
+    """The same memory seen in the same way is the same tensor, whether or not it is the same object."""
+    if not tensor.numel():
+        return id(tensor)
+    return tensor.data_ptr(), tuple(tensor.shape), tensor.stride(), tensor.dtype, tensor.device
+
+
 def take_module(module: Any, root: str, snapshot: Snapshot, record: dict[str, Json]) -> None:
     first: dict[object, str] = {}
     for name, tensor, placement in tensors_of(module):
         path = f"{root}/{escape(name)}"
-        # The same memory seen in the same way is the same tensor, whether or not it is the same object.
-        identity = (
-            (tensor.data_ptr(), tuple(tensor.shape), tensor.stride(), tensor.dtype, tensor.device)
-            if tensor.numel()
-            else id(tensor)
-        )
+        identity = _identity(tensor)
         if identity in first:
             snapshot.aliases[path] = first[identity]
         else:
@@ -59,37 +60,54 @@ def take_module(module: Any, root: str, snapshot: Snapshot, record: dict[str, Js
         record["extra"] = take_tree(extra, f"{root}/_extra_state", "rank0", snapshot)
 
 
-def prepare_module(
-    module: Any, root: str, manifest: Manifest, leaves: Mapping[str, Leaf], record: Any, restore: Restore
-) -> None:
+def prepare_module(module: Any, entry: str, source: Source, restore: Restore) -> None:
+    root = escape(entry)
     wanted = {f"{root}/{escape(name)}": tensor for name, tensor, _ in tensors_of(module)}
     extra = f"{root}/_extra_state/"
-    stored = {
-        name for name in [*leaves, *manifest.aliases] if name.startswith(root + "/") and not name.startswith(extra)
-    }
-    compare(wanted, stored, restore)
-    filled: set[tuple[str, int]] = set()
-    for name, tensor in wanted.items():
-        if name not in stored:
+    stored = {name: leaf for name, leaf in source.below(root).items() if not name.startswith(extra)}
+    filled: dict[object, tuple[str, Leaf]] = {}
+    for name, tensor, leaf in matched(wanted, stored, restore):
+        first, used = filled.get(_identity(tensor), (name, leaf))
+        if first == name:
+            if restore.fill(name, tensor, leaf):
+                filled[_identity(tensor)] = name, leaf
             continue
-        leaf = leaves[manifest.aliases.get(name, name)]
-        check_fit(name, tensor, leaf, restore)
-        if (leaf.name, tensor.data_ptr()) not in filled or not tensor.numel():
-            filled.add((leaf.name, tensor.data_ptr()))
-            restore.sink(leaf.name, tensor)
-    parts = dict(_parts_with_extra_state(module))
-    values = decode(record.get("extra", {}), maker(leaves, restore))
-    compare(
-        {f"{root}: extra state of {name}": None for name in parts},
-        {f"{root}: extra state of {n}" for n in values},
-        restore,
+        restore.report.loaded.append(name)
+        if used.name != leaf.name:
+            restore.report.notes.append(f"{first} and {name} are one tensor here and two there; the first is used")
+    _prepare_extra_state(module, entry, source, restore)
+
+
+def _prepare_extra_state(module: Any, entry: str, source: Source, restore: Restore) -> None:
+    there, record = source.entries.get(entry, (entry, {}))
+    record = record.get("extra", {}) if record.get("kind") == "module" else {}
+    if not isinstance(record, dict):
+        raise DataError(f"the checkpoint's extra state of {entry} is not as it should be")
+    parts = {
+        name: part
+        for name, part in _parts_with_extra_state(module)
+        if restore.partial.wants(f"{escape(entry)}/{escape(name)}")
+    }
+    stored: dict[str, Json] = {}
+    for name, value in record.items():
+        path = restore.partial.renamed(f"{escape(there)}/{escape(name)}")
+        if restore.partial.wants(path):
+            stored[unescape(path.removeprefix(f"{escape(entry)}/"))] = value
+    restore.compare(
+        [f"{entry}: extra state of {name}" for name in parts], [f"{entry}: extra state of {name}" for name in stored]
     )
+    values = {name: decode(value, maker(source.leaves, restore)) for name, value in stored.items() if name in parts}
 
-    def set_extra_state() -> None:
-        for name, value in values.items():
-            parts[name].set_extra_state(complete(value))
+    def make() -> Callable[[], None]:
+        made = {name: complete(value) for name, value in values.items()}
 
-    restore.steps.append(set_extra_state)
+        def hand_over() -> None:
+            for name, value in made.items():
+                parts[name].set_extra_state(value)
+
+        return hand_over
+
+    restore.steps.append(make)
 
 
 def _parts_with_extra_state(module: Any) -> list[tuple[str, Any]]:
@@ -100,10 +118,10 @@ def _parts_with_extra_state(module: Any) -> list[tuple[str, Any]]:
     return [(name, part) for name, part in module.named_modules() if type(part).get_extra_state is not default]
 
 
-def parameter_names(modules: Mapping[str, Any]) -> dict[int, str]:
-    """id(parameter) -> its name, for modules by entry; with the entry in front where there are several modules."""
-    names: dict[int, str] = {}
+def parameter_names(modules: Mapping[str, Any]) -> dict[int, tuple[str, str]]:
+    """id(parameter) -> the entry of its module and its name there."""
+    names: dict[int, tuple[str, str]] = {}
     for entry, module in modules.items():
         for name, tensor, _ in tensors_of(module):
-            names.setdefault(id(tensor), f"{entry}.{name}" if len(modules) > 1 else name)
+            names.setdefault(id(tensor), (entry, name))
     return names

@@ -1,34 +1,42 @@
 """torch optimizers in a checkpoint: state by parameter *name*, hyperparameters of groups as JSON. See `state`.
 
-    optimizer.state[model.fc.weight]["exp_avg"]  ->  leaf optimizer/fc.weight/exp_avg (replicated)
+    optimizer.state[model.fc.weight]["exp_avg"]  ->  leaf optimizer/fc.weight/exp_avg, replicated
 
-Numbers of parameters, which depend on the order of groups and of parameters in them, are not stored.
+Numbers of parameters, which depend on the order of groups and of parameters in them, are not stored. A parameter's name
+is that in its module; where an optimizer has parameters of several modules, the module's entry stands before it.
+Horovod's DistributedOptimizer is the optimizer it wraps.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from harness.checkpoint.comm import Json
-from harness.checkpoint.restoring import Restore, compare, maker
-from harness.checkpoint.schema import Leaf, escape
+from harness.checkpoint.restoring import Restore, Source, maker
+from harness.checkpoint.schema import escape, unescape
 from harness.checkpoint.snapshot import Snapshot, take_tree
-from harness.checkpoint.tensors import is_tensor
+from harness.checkpoint.tensors import dtype_of, is_tensor
 from harness.checkpoint.tree import complete, decode, encode
 from harness.errors import DataError
 
+_NOT_OPTIONS = {"params", "param_names"}
+_IN_ORDER = "LBFGS"
+"""Keeps state of all parameters together as flat vectors, so that their order counts."""
 
-def _groups(optimizer: Any, names: Mapping[int, str]) -> list[list[str]]:
+
+def _groups(optimizer: Any, names: Mapping[int, tuple[str, str]]) -> list[list[str]]:
     """Names of the parameters of each group; `group<i>.<j>` for those of no module in the state."""
+    found = [[names.get(id(parameter)) for parameter in group["params"]] for group in optimizer.param_groups]
+    several = len({name[0] for group in found for name in group if name}) > 1
     return [
-        [names.get(id(parameter), f"group{i}.{j}") for j, parameter in enumerate(group["params"])]
-        for i, group in enumerate(optimizer.param_groups)
+        [(".".join(name) if several else name[1]) if name else f"group{i}.{j}" for j, name in enumerate(group)]
+        for i, group in enumerate(found)
     ]
 
 
 def take_optimizer(
-    optimizer: Any, root: str, names: Mapping[int, str], snapshot: Snapshot, record: dict[str, Json]
+    optimizer: Any, root: str, names: Mapping[int, tuple[str, str]], snapshot: Snapshot, record: dict[str, Json]
 ) -> None:
     state_dict = optimizer.state_dict()
     groups = _groups(optimizer, names)
@@ -36,7 +44,7 @@ def take_optimizer(
     described: list[Json] = []
     for group, members in zip(state_dict["param_groups"], groups, strict=True):
         by_number.update(zip(group["params"], members, strict=True))
-        options = {key: value for key, value in group.items() if key != "params"}
+        options = {key: value for key, value in group.items() if key not in _NOT_OPTIONS}
         found: dict[str, Any] = {}
         described.append({"params": list(members), "options": encode(options, f"{root}: options", found)})
         if found:
@@ -51,52 +59,141 @@ def take_optimizer(
             state[name] = take_tree(values, f"{root}/{escape(name)}", "replicated", snapshot)
         else:
             rest[str(number)] = values
-    record |= {"groups": described, "state": state, "rest": take_tree(rest, f"{root}/_rest", "replicated", snapshot)}
+    record |= {"class": type(optimizer).__name__, "groups": described, "state": state}
+    record["rest"] = take_tree(rest, f"{root}/_rest", "replicated", snapshot)
 
 
 def prepare_optimizer(
-    optimizer: Any, entry: str, names: Mapping[int, str], leaves: Mapping[str, Leaf], record: Any, restore: Restore
+    optimizer: Any, entry: str, names: Mapping[int, tuple[str, str]], source: Source, restore: Restore
 ) -> None:
-    mine, stored = _groups(optimizer, names), [list(group["params"]) for group in record["groups"]]
-    here, there = {n for group in mine for n in group}, {n for group in stored for n in group}
-    compare({f"{entry}: {name}": None for name in here}, {f"{entry}: {name}" for name in there}, restore)
-    partner = {frozenset(group): index for index, group in enumerate(stored)}
-    if here == there and {frozenset(group) for group in mine} != set(partner):
-        restore.problems.append(f"{entry} groups its parameters differently in the checkpoint")
-    if restore.problems:
+    there, record = source.entries[entry]
+    stored = _Stored(entry, there, record, restore)
+    mine = _groups(optimizer, names)
+    here = {name for group in mine for name in group}
+    problems = len(restore.problems)
+    restore.compare([f"{entry}: {name}" for name in here], [f"{entry}: {name}" for name in stored.all])
+    if len(restore.problems) > problems:
+        if not names:
+            restore.problems.append(f"{entry} has parameters of no module in this State: give it the model, too")
         return
-    parameters = {
-        name: parameter
-        for group, members in zip(optimizer.param_groups, mine, strict=True)
-        for name, parameter in zip(members, group["params"], strict=True)
-    }
-    # Numbers of parameters as this optimizer's own state_dict gives them, options of groups as the checkpoint has them.
+    if why := _another(optimizer, mine, stored):
+        restore.mismatched(entry, f"{entry} {why}")
+        return
+    options = _options(entry, mine, stored, restore)
+    if len(restore.problems) > problems:
+        return
+    parameters, numbers = _by_name(optimizer, mine)
     live = optimizer.state_dict()
-    numbers = {
-        name: number
-        for group, members in zip(live["param_groups"], mine, strict=True)
-        for name, number in zip(members, group["params"], strict=True)
+    groups = [
+        {**group, **own, "params": group["params"]} for group, own in zip(live["param_groups"], options, strict=True)
+    ]
+    # Parameters that the checkpoint does not know keep what they have; the state itself, not a copy of it.
+    state: dict[Any, Any] = {
+        numbers[name]: live["state"][numbers[name]] for name in here - stored.all if numbers[name] in live["state"]
     }
-    groups = []
-    for group, members in zip(live["param_groups"], mine, strict=True):
-        options = decode(record["groups"][partner[frozenset(members)]]["options"], None)
-        groups.append({**group, **options, "params": group["params"]})
-    state: dict[Any, Any] = {}
-    for name, values in record["state"].items():
-        if name not in parameters:
-            raise DataError(f"the checkpoint has state of {entry} for {name!r}, which is in none of its groups")
-        parameter = parameters[name]
-        make = maker(leaves, restore, parameter.device, optimizer.state.get(parameter, {}))
-        state[numbers[name]] = decode(values, make)
-    state |= decode(record["rest"], maker(leaves, restore))
+    loaded = {}
+    for name, values in stored.state.items():
+        if name in parameters:
+            make = maker(source.leaves, restore, parameters[name].device, optimizer.state.get(parameters[name], {}))
+            loaded[name] = decode(values, make)
+    rest = decode(record["rest"], maker(source.leaves, restore))
+    if not isinstance(rest, dict) or not all(isinstance(values, dict) for values in loaded.values()):
+        raise DataError(f"the checkpoint's state of {entry} is not as it should be")
+    restore.report.loaded.append(entry)
 
-    def load() -> None:
-        complete(state)
+    def make_all() -> Callable[[], None]:
+        for name, values in loaded.items():
+            state[numbers[name]] = complete(values)
+        state.update(complete(rest))
+        return hand_over
+
+    def hand_over() -> None:
         optimizer.load_state_dict({"state": state, "param_groups": groups})
-        # torch converts state to the parameter's dtype; what was stored otherwise stays as it was.
-        for name, parameter in parameters.items():
-            for key, value in state.get(numbers[name], {}).items():
-                if is_tensor(value) and optimizer.state[parameter][key].dtype != value.dtype:
+        # torch converts state to the parameter's dtype; what was stored otherwise stays as it was. Only where the
+        # parameter itself was converted, its state goes along.
+        for name, values in loaded.items():
+            parameter = parameters[name]
+            for key, value in values.items():
+                if not is_tensor(value) or optimizer.state[parameter][key].dtype == value.dtype:
+                    continue
+                if restore.converted.get(id(parameter)) != dtype_of(value):
                     optimizer.state[parameter][key] = value
 
-    restore.steps.append(load)
+    restore.steps.append(make_all)
+
+
+class _Stored:
+    """An optimizer's record with parameters by their names here. Raises DataError where it is not as it should be."""
+
+    def __init__(self, entry: str, there: str, record: Any, restore: Restore) -> None:
+        def here(name: str) -> str:
+            path = restore.partial.renamed(f"{escape(there)}/{escape(name)}")
+            return unescape(path.removeprefix(f"{escape(entry)}/"))
+
+        try:
+            self.groups = [[here(name) for name in group["params"]] for group in record["groups"]]
+            self.options: list[dict[str, Any]] = [
+                {key: value for key, value in decode(group["options"], None).items() if key not in _NOT_OPTIONS}
+                for group in record["groups"]
+            ]
+            self.state = {here(name): values for name, values in record["state"].items()}
+            self.kind = str(record.get("class", ""))
+            record["rest"]
+        except (TypeError, KeyError, AttributeError) as error:
+            raise DataError(f"the checkpoint's record of {entry} is not as it should be: {error!r}") from error
+        names = [name for group in self.groups for name in group]
+        self.all = set(names)
+        if len(names) != len(self.all):
+            raise DataError(f"the checkpoint's groups of {entry} are not as they should be")
+        if strange := set(self.state) - self.all:
+            raise DataError(f"the checkpoint has state of {entry} for {min(strange)!r}, which is in none of its groups")
+
+
+def _by_name(optimizer: Any, mine: Sequence[Sequence[str]]) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Parameters, and their numbers in this optimizer's own state_dict, by name."""
+    parameters: dict[str, Any] = {}
+    numbers: dict[str, Any] = {}
+    packed = optimizer.state_dict()["param_groups"]
+    for group, numbered, members in zip(optimizer.param_groups, packed, mine, strict=True):
+        parameters.update(zip(members, group["params"], strict=True))
+        numbers.update(zip(members, numbered["params"], strict=True))
+    return parameters, numbers
+
+
+def _options(entry: str, mine: Sequence[Sequence[str]], stored: _Stored, restore: Restore) -> list[dict[str, Any]]:
+    """The stored options for each group here: of the stored group that its parameters are in."""
+    options: list[dict[str, Any]] = []
+    used: dict[int, str] = {}
+    place = {name: index for index, group in enumerate(stored.groups) for name in group}
+    empty = [index for index, group in enumerate(stored.groups) if not group]
+    for number, members in enumerate(mine):
+        known = [name for name in members if name in place]
+        partners = {place[name] for name in known} or set(empty[:1] if not members else [])
+        why = None
+        if len(partners) > 1:
+            other = next(name for name in known if place[name] != place[known[0]])
+            why = f"{other} is with {known[0]} here, but not in the checkpoint"
+        elif partners & set(used):
+            why = f"{known[0]} is not with {used[place[known[0]]]} here, but in the checkpoint"
+        if why:
+            restore.mismatched(f"{entry}: group {number}", f"{entry} groups its parameters differently: {why}")
+            options.append({})
+            continue
+        used.update(dict.fromkeys(partners, (known or [""])[0]))
+        if not members:
+            empty = empty[1:]
+        options.append(stored.options[partners.pop()] if partners else {})
+    return options
+
+
+def _another(optimizer: Any, mine: Sequence[Sequence[str]], stored: _Stored) -> str | None:
+    """Why the stored state cannot be this optimizer's, None where it can."""
+    here = {key for group in optimizer.param_groups for key in group} - _NOT_OPTIONS
+    there = {key for options in stored.options for key in options}
+    name = type(optimizer).__name__
+    # One of the same class may have got and lost settings over its versions, and of another one may be compatible.
+    if stored.kind not in ("", name) and here - there and there - here:
+        return f"is of the class {name} here and {stored.kind} in the checkpoint"
+    if any(kind.__name__ == _IN_ORDER for kind in type(optimizer).__mro__) and list(map(list, mine)) != stored.groups:
+        return f"is an {_IN_ORDER}, whose state depends on the order of the parameters, which is another here"
+    return None

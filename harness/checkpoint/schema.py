@@ -17,6 +17,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Literal
+from urllib.parse import unquote
 
 from harness.errors import DataError
 
@@ -75,7 +76,7 @@ class Leaf:
 
 
 def escape(component: str) -> str:
-    """One component of a path from any text, reversible by `urllib.parse.unquote`.
+    """One component of a path from any text; `unescape` is the way back.
 
     >>> escape("a/b"), escape("fc.weight"), escape("..")
     ('a%2Fb', 'fc.weight', '%2E%2E')
@@ -85,6 +86,11 @@ def escape(component: str) -> str:
     if component == "":
         return "%"
     return component.replace("%", "%25").replace("/", "%2F").replace("\0", "%00")
+
+
+def unescape(component: str) -> str:
+    """The text behind a component: `escape` the other way, which is a URL's but for the empty text."""
+    return "" if component == "%" else unquote(component)
 
 
 def check_schema(leaves: Sequence[Leaf]) -> None:

@@ -12,15 +12,16 @@ Parameters, optimizer state and dicts of tensors are the same on all ranks (repl
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, MutableMapping
+from collections.abc import Callable, MutableMapping
 from typing import Any
 
 from harness.checkpoint.comm import Json
 from harness.checkpoint.manifest import Manifest
-from harness.checkpoint.modules import parameter_names, prepare_module, take_module
+from harness.checkpoint.modules import parameter_names, prepare_module, take_module, tensors_of
 from harness.checkpoint.optimizers import prepare_optimizer, take_optimizer
-from harness.checkpoint.restoring import Restore, check_fit, compare, maker
-from harness.checkpoint.schema import Leaf, check_schema, escape
+from harness.checkpoint.partial import EXACT, Partial, beyond
+from harness.checkpoint.restoring import Restore, Source, maker, matched
+from harness.checkpoint.schema import check_schema, escape, unescape
 from harness.checkpoint.snapshot import Snapshot, take_tree
 from harness.checkpoint.tensors import is_tensor, new_tensor
 from harness.checkpoint.tree import complete, decode
@@ -63,42 +64,67 @@ def take(state: State) -> Snapshot:
         else:
             content = value.state_dict() if kind == "holder" else value
             record["value"] = take_tree(content, root, "rank0", snapshot)
+            if kind == "holder":
+                record["class"] = type(value).__name__
         snapshot.record[entry] = record
     check_schema(snapshot.leaves)
     return snapshot
 
 
-def prepare(state: State, manifest: Manifest, *, partial: bool = False) -> Restore:
+def prepare(state: State, manifest: Manifest, *, partial: Partial | bool | None = None) -> Restore:
     """Where the leaves of a checkpoint go in this state. Changes nothing yet.
 
-    Everything that does not fit is listed in `problems`. `partial`: entries of the checkpoint that the state does not
-    name are left out.
+    `partial`: None for all of the checkpoint into all of the state; True leaves out what the checkpoint holds beyond
+    the state's entries. Everything that does not fit is listed in `problems`; what is kept, left out or converted, in
+    `report`. All that can be checked without reading a tensor is checked here: names, shapes, dtypes, kinds, groups of
+    optimizers, all JSON. After it, two things can still leave a state half restored: damage that is found while the
+    tensors are read, and a `load_state_dict` or `set_extra_state` that refuses the values it gets.
     """
-    restore = Restore()
-    leaves = {leaf.name: leaf for leaf in manifest.layout.leaves}
+    if isinstance(partial, bool):
+        partial = beyond(list(state.entries)) if partial else None
+    restore = Restore(EXACT if partial is None else partial)
+    source = Source(manifest, restore.partial, restore.report)
     names = parameter_names(_modules(state))
-    for entry in manifest.state:
-        if entry not in state.entries and not partial:
-            restore.problems.append(f"only in the checkpoint: {entry} (a {_record_kind(manifest, entry)})")
-    for entry, value in state.entries.items():
-        if entry not in manifest.state:
-            restore.problems.append(f"missing from the checkpoint: {entry} (a {state.kinds[entry]})")
-            continue
-        kind, stored = state.kinds[entry], _record_kind(manifest, entry)
-        if kind != stored and not (value == {} and stored in ("tensors", "tree")):
-            restore.problems.append(f"{entry} is a {kind} here and a {stored} in the checkpoint")
-            continue
-        record: Any = manifest.state[entry]
-        if stored == "module":
-            prepare_module(value, escape(entry), manifest, leaves, record, restore)
-        elif stored == "optimizer":
-            prepare_optimizer(value, entry, names, leaves, record, restore)
-        elif stored == "tensors":
-            _prepare_tensors(value, escape(entry), leaves, restore)
-        else:
-            tree = decode(record["value"], maker(leaves, restore))
-            restore.steps.append(_load_tree(value, tree, stored))
+    for entry, (there, _) in source.entries.items():
+        kind = _record_kind(manifest, there)
+        if entry not in state.entries and _asked_for(source, entry, there, kind, restore.partial):
+            restore.unexpected(entry, f" (a {kind})")
+    # Modules first: how a parameter is converted decides about its optimizer's state.
+    for entry in sorted(state.entries, key=lambda entry: state.kinds[entry] != "module"):
+        _prepare_entry(entry, state, manifest, source, names, restore)
     return restore
+
+
+def _prepare_entry(
+    entry: str, state: State, manifest: Manifest, source: Source, names: dict[int, tuple[str, str]], restore: Restore
+) -> None:
+    value, kind, partial = state.entries[entry], state.kinds[entry], restore.partial
+    made = value == {} and entry in source.entries and _record_kind(manifest, source.entries[entry][0]) == "tensors"
+    parts = kind in ("module", "tensors")
+    asked = partial.wants_entry(entry) or (parts and any(map(partial.wants, _names(value, escape(entry), kind))))
+    if not (asked or made):
+        restore.report.untouched.append(entry)
+        return
+    if entry not in source.entries and not (parts and source.below(escape(entry))):
+        restore.missing(entry, f" (a {kind})")
+        return
+    there, record = source.entries.get(entry, (entry, {}))
+    stored = _record_kind(manifest, there) if record else kind
+    renamed = parts and there != entry and stored in ("module", "tensors")
+    if kind != stored and not renamed and not made:
+        restore.mismatched(entry, f"{entry} is a {kind} here and a {stored} in the checkpoint")
+    elif kind == "module":
+        prepare_module(value, entry, source, restore)
+    elif kind == "optimizer":
+        prepare_optimizer(value, entry, names, source, restore)
+    elif stored == "tensors" or kind == "tensors":
+        _prepare_tensors(value, escape(entry), source, restore)
+    elif why := _another_holder(value, record, kind):
+        restore.mismatched(entry, f"{entry} {why}")
+    else:
+        tree = decode(record["value"], maker(source.leaves, restore))
+        restore.steps.append(_load_tree(value, tree, stored))
+        restore.report.loaded.append(entry)
 
 
 def complain(problems: list[str], where: object) -> DataError:
@@ -107,7 +133,7 @@ def complain(problems: list[str], where: object) -> DataError:
     return DataError(
         "\n  ".join([f"the checkpoint {where} does not fit this program:", *shown]),
         hint="use the model and optimizer it was saved with, or another checkpoint directory;"
-        " restore(..., partial=True) leaves out what the state does not name",
+        " restore(..., partial=Partial(...)) takes a part of it, under other names, or of another dtype",
     )
 
 
@@ -138,30 +164,60 @@ def _modules(state: State) -> dict[str, Any]:
     return {entry: value for entry, value in state.entries.items() if state.kinds[entry] == "module"}
 
 
-def _prepare_tensors(value: MutableMapping[str, Any], root: str, leaves: Mapping[str, Leaf], restore: Restore) -> None:
-    from urllib.parse import unquote
+def _names(value: Any, root: str, kind: str) -> list[str]:
+    """Names of the tensors of a module or of a dict of tensors."""
+    keys = [name for name, _, _ in tensors_of(value)] if kind == "module" else list(value)
+    return [f"{root}/{escape(key)}" for key in keys]
 
-    stored = {name for name in leaves if name.startswith(root + "/")}
-    if not value:  # nothing made yet: take what there is
-        made = {name: new_tensor("torch", leaves[name].dtype, leaves[name].shape) for name in sorted(stored)}
-        for name, tensor in made.items():
-            restore.sink(name, tensor)
-        restore.steps.append(lambda: value.update({unquote(n.removeprefix(root + "/")): t for n, t in made.items()}))
+
+def _asked_for(source: Source, entry: str, there: str, kind: str, partial: Partial) -> bool:
+    """Whether an entry that is only in the checkpoint is asked for. Its tensors may all have gone to other entries."""
+    if kind in ("module", "tensors") and any(name.startswith(escape(there) + "/") for name in source.leaves):
+        return any(partial.wants(name) for name in source.below(escape(entry)))
+    return partial.wants_entry(entry)
+
+
+def _prepare_tensors(value: MutableMapping[str, Any], root: str, source: Source, restore: Restore) -> None:
+    stored = source.below(root)
+    if value:
+        wanted = {f"{root}/{escape(key)}": tensor for key, tensor in value.items()}
+        for name, tensor, leaf in matched(wanted, stored, restore):
+            restore.fill(name, tensor, leaf)
         return
-    wanted = {f"{root}/{escape(key)}": tensor for key, tensor in value.items()}
-    compare(wanted, stored, restore)
-    for name in stored & set(wanted):
-        check_fit(name, wanted[name], leaves[name], restore)
-        restore.sink(name, wanted[name])
+    # Nothing made yet: take what there is.
+    made = {name: new_tensor("torch", leaf.dtype, leaf.shape) for name, leaf in stored.items()}
+    for name, tensor, leaf in matched(made, stored, restore):
+        restore.fill(name, tensor, leaf)
+    chosen = {unescape(n.removeprefix(f"{root}/")): t for n, t in made.items() if restore.partial.wants(n)}
+    restore.steps.append(lambda: lambda: value.update(chosen))
 
 
-def _load_tree(target: Any, tree: Any, kind: str) -> Callable[[], None]:
-    def load() -> None:
+def _another_holder(value: Any, record: Any, kind: str) -> str | None:
+    """Why a holder of state cannot take this one's, None where it can: another class, with other things in its state.
+
+    A scheduler of torch would take any other's state without a word.
+    """
+    there, name = record.get("class"), type(value).__name__
+    if kind != "holder" or there in (None, name) or not isinstance(record["value"], dict):
+        return None
+    live = value.state_dict()
+    if not isinstance(live, dict) or not (set(live) - set(record["value"]) and set(record["value"]) - set(live)):
+        return None
+    return f"is of the class {name} here and {there} in the checkpoint"
+
+
+def _load_tree(target: Any, tree: Any, kind: str) -> Callable[[], Callable[[], None]]:
+    def make() -> Callable[[], None]:
         value = complete(tree)
         if kind == "holder":
-            target.load_state_dict(value)
-        else:
+            return lambda: target.load_state_dict(value)
+        if not isinstance(value, dict):
+            raise DataError("the checkpoint has no dict where one was saved")
+
+        def refill() -> None:
             target.clear()
             target.update(value)
 
-    return load
+        return refill
+
+    return make
