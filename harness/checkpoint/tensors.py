@@ -138,6 +138,8 @@ def _flat(array: Any) -> Any:
 def _torch_bytes(tensor: Any) -> Any:
     import torch
 
+    if not tensor.numel():  # an empty one of numpy has strides that torch does not view as bytes
+        return torch.empty(0, dtype=torch.uint8)
     return (torch.view_as_real(tensor) if tensor.is_complex() else tensor).reshape(-1).view(torch.uint8)
 
 

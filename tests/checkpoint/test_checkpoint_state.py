@@ -228,9 +228,12 @@ def test_numpy_arrays(tmp_path: Path) -> None:
         "fortran": np.asfortranarray(np.arange(6.0, dtype=np.float32).reshape(2, 3)),
         "complex": np.array([1 + 2j], np.complex64),
         "bool": np.array([True, False]),
+        "none": np.zeros((0, 3)),
+        "none, as torch's": torch.from_numpy(np.zeros(0, np.float32)),
     }
     manager(tmp_path).save(1, State(arrays=arrays))
-    found = {name: np.zeros_like(array) for name, array in arrays.items()}
+    found: dict[str, Any] = {name: np.zeros_like(array) for name, array in arrays.items()}
+    found["none, as torch's"] = torch.from_numpy(np.zeros(0, np.float32))
     manager(tmp_path).restore(State(arrays=found))
     for name, array in arrays.items():
         np.testing.assert_array_equal(found[name], array)
