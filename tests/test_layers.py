@@ -15,7 +15,7 @@ HEAVY = {"torch", "mpi4py", "h5py", "numpy", "horovod", "scipy", "sklearn"}
 LAUNCH_MAY = {"config", "resolve", "env", "errors", "units", "batch", "rundir", "optim", "frozen", "jsonschema"}
 """The parts of `harness` that the launcher may use: they import nothing of HEAVY themselves (checked below)."""
 CHECKPOINT_MAY = {"errors", "units", "env", "checkpoint"}
-PURE = ("schema", "layout", "plan")
+PURE = ("schema", "layout", "plan", "shards", "tiling")
 """Modules of `harness.checkpoint` that only compute."""
 
 

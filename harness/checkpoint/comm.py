@@ -140,6 +140,12 @@ class Horovod:
     def barrier(self) -> None:
         self._gather(np.zeros(1, np.int64))
 
+    def all_to_all(self, data: Bytes, sizes: Sequence[int]) -> list[Bytes]:
+        """`data` in parts of these sizes, one to each rank (at most 2 GiB); what each sent to this one. Collective."""
+        splits = self._torch.tensor(list(sizes), dtype=self._torch.int32)
+        received, counts = self._hvd.alltoall(self._torch.from_numpy(data), splits=splits, name=self._name())
+        return np.split(received.numpy(), np.cumsum(counts.numpy())[:-1])
+
     def _gather(self, array: npt.NDArray[Any]) -> npt.NDArray[Any]:
         gathered: npt.NDArray[Any] = self._hvd.allgather(self._torch.from_numpy(array), name=self._name()).numpy()
         return gathered

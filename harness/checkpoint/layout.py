@@ -66,6 +66,11 @@ class Layout:
         """Indices of the leaves whose placement is rank0."""
         return np.array([index for index, leaf in enumerate(self.leaves) if leaf.placement == "rank0"], np.int64)
 
+    @cached_property
+    def parted(self) -> frozenset[int]:
+        """Indices of the leaves of which ranks hold parts: those that are sharded or per rank."""
+        return frozenset(i for i, leaf in enumerate(self.leaves) if leaf.placement in ("sharded", "per_rank"))
+
     @property
     def blocks(self) -> int:
         """Number of digest blocks."""

@@ -43,10 +43,14 @@ ITEMSIZE = {
 }
 """Bytes per element. Elements are little-endian; a bool is 0 or 1; a complex is its real, then its imaginary part."""
 
-Placement = Literal["replicated", "rank0"]
-"""replicated: every rank holds the same bytes, each writes a part. rank0: ranks may differ, rank 0's copy counts."""
+Placement = Literal["replicated", "rank0", "sharded", "per_rank"]
+"""Who holds the tensor; it says nothing about the file, in which all are whole.
 
-PLACEMENTS: tuple[Placement, ...] = ("replicated", "rank0")
+replicated: every rank holds the same bytes, each writes a part. rank0: ranks may differ, rank 0's copy counts. sharded:
+every rank holds a part (`shards`), together they hold all. per_rank: rank r holds row r, one row per rank.
+"""
+
+PLACEMENTS: tuple[Placement, ...] = ("replicated", "rank0", "sharded", "per_rank")
 RESERVED = "_ckpt"
 MAX_NAME = 4096
 MAX_DIMENSIONS = 32
@@ -130,6 +134,8 @@ def _problem(leaf: Leaf) -> str | None:
         return f"has the dtype {leaf.dtype}, which checkpoints do not know"
     if leaf.placement not in PLACEMENTS:
         return f"has the placement {leaf.placement!r}, which checkpoints do not know"
+    if leaf.placement == "per_rank" and not leaf.shape:
+        return "is per rank and has no rows"
     if len(leaf.shape) > MAX_DIMENSIONS:
         return f"has {len(leaf.shape)} dimensions; HDF5 knows {MAX_DIMENSIONS}"
     if any(length < 0 or length > MAX_BYTES for length in leaf.shape) or leaf.nbytes > MAX_BYTES:

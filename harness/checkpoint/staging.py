@@ -10,6 +10,7 @@ It is one rank's share of the state, about 1/size of it, and is kept for the nex
 
 from __future__ import annotations
 
+import bisect
 import mmap
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
@@ -85,16 +86,17 @@ class Staging:
         return self._images
 
     def fill(self, buffers: Sequence[Buffer], leaves: Collection[int] | None = None) -> None:
-        """Copy the bytes of these leaves that lie in the plan's blocks; None: of all.
+        """Copy the bytes of these leaves that lie in the plan's blocks; None: of all that every rank holds whole.
 
-        `buffers`: one per leaf of the layout, in its order. `leaves`: indices into them.
+        `buffers`: one per leaf of the layout, in its order. `leaves`: indices into them. What ranks hold in parts comes
+        by `exchange`.
         """
         layout = self._prepared()
         wanted = None if leaves is None else set(leaves)
         previous: Buffer | None = None
         for lo, hi, at in self._runs:
             for piece in layout.pieces(lo, hi):
-                if wanted is not None and piece.leaf not in wanted:
+                if piece.leaf in layout.parted if wanted is None else piece.leaf not in wanted:
                     continue
                 buffer = buffers[piece.leaf]
                 if previous is not None and previous is not buffer:
@@ -107,12 +109,16 @@ class Staging:
 
     def put(self, offset: int, data: Bytes) -> None:
         """Bytes at an offset of the file, inside one run of the plan's blocks. Raises InternalError elsewhere."""
+        self.view(offset, offset + len(data))[:] = data
+
+    def view(self, begin: int, end: int) -> Bytes:
+        """The memory of bytes [begin, end) of the file, inside one run. Raises InternalError elsewhere."""
         self._prepared()
-        for lo, hi, at in self._runs:
-            if lo <= offset and offset + len(data) <= hi:
-                self._memory[at + offset - lo : at + offset - lo + len(data)] = data
-                return
-        raise InternalError(f"{len(data)} bytes at {offset} of the file are not this rank's to write")
+        index = bisect.bisect_right(self._runs, begin, key=lambda run: run[0]) - 1
+        if index < 0 or end > self._runs[index][1]:
+            raise InternalError(f"bytes {begin} to {end} of the file are not this rank's to write")
+        lo, _, at = self._runs[index]
+        return self._memory[at + begin - lo : at + end - lo]
 
     def close(self) -> None:
         """Give the memory back, as soon as nobody holds its images."""

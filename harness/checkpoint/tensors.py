@@ -22,6 +22,7 @@ import numpy as np
 import numpy.typing as npt
 
 from harness.checkpoint.schema import ITEMSIZE
+from harness.checkpoint.shards import Region, check_local, cuts
 from harness.errors import DataError
 
 Bytes = npt.NDArray[np.uint8]
@@ -91,17 +92,39 @@ class Buffer:
         if self._place is not None:
             self._place[lo : lo + len(data)] = data
             return
-        if self._copy is None:
-            self._copy, self._missing = np.empty(self.nbytes, np.uint8), self.nbytes
-        self._copy[lo : lo + len(data)] = data
-        self._missing -= len(data)
-        if self._missing == 0:
-            _assign(self.array, self._copy, self.dtype)
-            self.release()
+        self._begin()[lo : lo + len(data)] = data
+        self._count(len(data))
+
+    def window(self, shape: tuple[int, ...], window: tuple[slice, ...]) -> Bytes:
+        """The bytes `window` of all bytes seen as `shape`: a view where possible."""
+        if self._place is None and self._copy is None:
+            self._copy = _flat(self.array)
+        part = (self._copy if self._place is None else self._place).reshape(shape)[window]
+        found: Bytes = part if isinstance(part, np.ndarray) else part.cpu().numpy()
+        return found
+
+    def set_window(self, shape: tuple[int, ...], window: tuple[slice, ...], data: Bytes) -> None:
+        """Replace these bytes; like `write`."""
+        target = self._place if self._place is not None else self._begin()
+        target.reshape(shape)[window] = data
+        if self._place is None:
+            self._count(data.size)
 
     def release(self) -> None:
         """Drop the copy, where there is one."""
         self._copy = None
+
+    def _begin(self) -> Bytes:
+        if self._copy is None:
+            self._copy, self._missing = np.empty(self.nbytes, np.uint8), self.nbytes
+        copy: Bytes = self._copy
+        return copy
+
+    def _count(self, written: int) -> None:
+        self._missing -= written
+        if self._missing == 0:
+            _assign(self.array, self._copy, self.dtype)
+            self.release()
 
     def _problem(self) -> str | None:
         if is_torch(self.array):
@@ -114,6 +137,33 @@ class Buffer:
         if self.dtype not in ITEMSIZE:
             return f"has the dtype {self.dtype}, which checkpoints do not know"
         return None
+
+
+class Part:
+    """The bytes of a local tensor that is a region of a global one; all offsets are those of the global tensor.
+
+    Raises DataError where the tensor cannot be that region. `box`: the region in bytes.
+    """
+
+    def __init__(self, array: Any, region: Region, name: str = "a tensor") -> None:
+        self.buffer = Buffer(array, name)
+        check_local(array, region, name)
+        self.region = region
+        self.box = region.in_bytes(ITEMSIZE[self.buffer.dtype])
+
+    def read(self, lo: int, hi: int) -> Bytes:
+        """What lies of the region in the tensor's bytes [lo, hi), without gaps."""
+        found = [self.buffer.window(self.box.count, cut.target).reshape(-1) for cut in cuts(self.box, lo, hi)]
+        return found[0] if len(found) == 1 else np.concatenate([np.empty(0, np.uint8), *found])
+
+    def write(self, lo: int, data: Bytes) -> None:
+        """Take what lies of the region in these bytes of the tensor, which begin at `lo`."""
+        for cut in cuts(self.box, lo, lo + len(data)):
+            source = data[cut.at : cut.at + math.prod(cut.shape)].reshape(cut.shape)
+            self.buffer.set_window(self.box.count, cut.target, source[cut.source])
+
+    def release(self) -> None:
+        self.buffer.release()
 
 
 def _in_place(array: Any) -> Bytes | None:

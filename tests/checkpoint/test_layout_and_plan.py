@@ -12,8 +12,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from harness.checkpoint.layout import LARGE, MAX_BLOCK, PAGE, Layout, block_for, lay_out
-from harness.checkpoint.plan import boxes, make_plan
+from harness.checkpoint.plan import make_plan
 from harness.checkpoint.schema import ITEMSIZE, MAX_NAME, Leaf, check_schema, escape, schema_hash
+from harness.checkpoint.shards import boxes
 from harness.errors import DataError
 
 shapes = st.lists(st.sampled_from([0, 1, 2, 3, 5, 64, 257]), max_size=3).map(tuple)

@@ -16,7 +16,7 @@ from typing import Any
 from harness.checkpoint.comm import Comm
 from harness.checkpoint.digest import block_digests
 from harness.checkpoint.layout import Layout
-from harness.checkpoint.plan import boxes
+from harness.checkpoint.shards import boxes
 from harness.checkpoint.staging import Image
 from harness.checkpoint.tensors import Bytes
 from harness.errors import InternalError
