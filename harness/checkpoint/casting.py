@@ -15,8 +15,8 @@ from typing import Any
 
 import numpy as np
 
-from harness.checkpoint.plan import boxes
 from harness.checkpoint.schema import ITEMSIZE
+from harness.checkpoint.shards import boxes
 from harness.checkpoint.tensors import Bytes, dtype_of, is_torch, numpy_dtype
 
 PIECE = 8 << 20
