@@ -11,7 +11,7 @@ import errno
 import os
 import socket
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -32,23 +32,47 @@ def together(comm: Comm, step: int, when: str, work: Callable[[], tuple[T, Json]
 
     Raises SaveFailed on all ranks where one of them could not do it. Collective.
     """
-    failure: Exception | None = None
-    message: Json = None
+    done, failure = attempt(work)
+    votes: list[Any] = comm.all_gather(
+        {"message": None if done is None else done[1], "error": describe(failure), "host": socket.gethostname()}
+    )
+    refused = refusal(dict(enumerate(votes)), [], [vote["host"] for vote in votes], when, "", 0.0)
+    if refused is not None:
+        told = f"the checkpoint of step {step} was not saved: {refused['failed']}"
+        raise SaveFailed(told, hint=refused["hint"]) from failure
+    assert done is not None
+    return done[0], [vote["message"] for vote in votes]
+
+
+def attempt(work: Callable[[], T]) -> tuple[T | None, Exception | None]:
+    """The result of some work, or what it raised."""
     try:
-        result, message = work()
+        return work(), None
     except Exception as error:
-        failure = error
-    votes: list[Any] = comm.all_gather({"message": message, "error": describe(failure)})
-    failed = [(rank, vote["error"]) for rank, vote in enumerate(votes) if vote["error"]]
-    if failed:
-        rank, told = failed[0]
-        others = f" (and {len(failed) - 1} other ranks)" if len(failed) > 1 else ""
-        place = f"rank {rank} on {told['host']}{others}" if comm.size > 1 else "it"
-        raise SaveFailed(
-            f"the checkpoint of step {step} was not saved: {place} failed {when}: {told['message']}",
-            hint=told["hint"],
-        ) from failure
-    return result, [vote["message"] for vote in votes]
+        return None, error
+
+
+def refusal(
+    said: Mapping[int, Any], missing: Sequence[int], hosts: Sequence[str], when: str, absent: str, timeout: float
+) -> dict[str, Any] | None:
+    """Why a save cannot go on, as {"failed": sentence, "hint": ...}; None where it can.
+
+    `said`: what each rank said, its `error` being `describe`d; `missing`: ranks that `absent` within `timeout` seconds.
+    """
+    if missing:
+        named = ", ".join(f"{rank} ({hosts[rank]})" for rank in missing[:8])
+        named += f" and {len(missing) - 8} more" if len(missing) > 8 else ""
+        return {
+            "failed": f"rank{'s' if len(missing) > 1 else ''} {named} {absent} within {timeout:g} s",
+            "hint": "saving is for all ranks: is one slower, stuck, or left out by an `if`?",
+        }
+    failed = [(rank, message["error"]) for rank, message in sorted(said.items()) if message["error"]]
+    if not failed:
+        return None
+    rank, told = failed[0]
+    others = f" (and {len(failed) - 1} other ranks)" if len(failed) > 1 else ""
+    place = f"rank {rank} on {told['host']}{others}" if len(hosts) > 1 else "it"
+    return {"failed": f"{place} failed {told.get('when') or when}: {told['message']}", "hint": told["hint"]}
 
 
 def describe(error: Exception | None) -> Json:

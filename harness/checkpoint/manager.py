@@ -1,63 +1,57 @@
-"""The object a training script holds: save the state, restore the newest one that is good.
+"""The object a training script holds: save the state behind training, restore the newest one that is good.
 
-    manager = Manager("runs/exp7/checkpoints", keep=keep_last(3))
+    manager = Manager("runs/exp7/checkpoints", save=every(steps=500) | on_stop(), keep=keep_last(3))
     state = State(model=model, optimizer=optimizer, extra={"epoch": 0})
     start = manager.restore(state) or 0
-    for step in range(start + 1, steps + 1):
+    for step in range(start, steps):
         ...
-        if step % 500 == 0:
-            manager.save(step, state, metrics={"val/loss": loss})
+        if manager.step(step + 1, state, metrics={"val/loss": loss}):
+            break                                    # asked to stop; the state is saved
     manager.close()
 
-All methods but the constructor are collective: all ranks call them in the same order. What fails on one rank is told
-to all of them, and all raise. A save that fails leaves the earlier checkpoints as they were.
-
-One job saves into a directory at a time: what another one left unfinished there is removed by the first save.
+All methods but the constructor and `fence` are collective: all ranks call them in the same order. What fails on one
+rank is told to all of them. A save that fails leaves the earlier checkpoints as they were, and training goes on: it is
+told in a warning, and raised by `close` where no later one succeeded. One job at a time saves into a directory.
 """
 
 from __future__ import annotations
 
-import errno
 import logging
 import os
-import shutil
-import time
-import uuid
+import weakref
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from types import TracebackType
+from typing import Any, Literal
 
-import numpy as np
-import xxhash
-
-from harness.checkpoint import commit, store
-from harness.checkpoint.agree import SaveFailed, describe, together, wait_for
+from harness.checkpoint.agree import SaveFailed
+from harness.checkpoint.asked import Asked
 from harness.checkpoint.comm import Comm, Json, detect
-from harness.checkpoint.digest import root
 from harness.checkpoint.engines import EngineName, choose
-from harness.checkpoint.file import fit_head
-from harness.checkpoint.layout import Layout, lay_out
-from harness.checkpoint.manifest import Manifest, NewerVersion, parse, render
-from harness.checkpoint.plan import make_plan
-from harness.checkpoint.policy import Keep, keep_last
-from harness.checkpoint.reader import load
-from harness.checkpoint.replicas import compare
-from harness.checkpoint.restoring import Restore
-from harness.checkpoint.schema import schema_hash, schema_lines
-from harness.checkpoint.snapshot import Snapshot
-from harness.checkpoint.staging import Image, Staging
-from harness.checkpoint.state import State, complain, prepare, take
-from harness.checkpoint.tree import encode
-from harness.errors import DataError, HarnessError
-
-_SPARE = 16 << 20
+from harness.checkpoint.loading import Loader
+from harness.checkpoint.policy import Keep, When, keep_last
+from harness.checkpoint.saving import Saver
+from harness.checkpoint.state import State
+from harness.checkpoint.writing import Outcome
 
 
 class Manager:
-    """Checkpoints in one directory. `comm`: None finds out (`comm.detect`). `log` gets a line on rank 0 only.
+    """Checkpoints in one directory.
 
-    `check_replicas`: at the first save and every n-th after it, compare the replicas of all ranks; 0 never does.
+    save: when `step` saves; None: only `save` does.
+    keep: which checkpoints stay; the newest always does. None: the last 3.
+    comm: None finds out (`comm.detect`).
+    engine: "auto", "direct", "mpio" (independent) or "mpio-collective".
+    background: `save` returns once this rank's slice is copied, and a thread writes it; False: once it is durable.
+    lazy: the parameters and the optimizer's state are copied in that thread too; the optimizer's next step waits for
+        it (`fence`). Only for loops that change them nowhere else.
+    busy: what a save does while an earlier one is under way: "skip" it, or "wait" for the earlier one.
+    timeout: seconds after which ranks that did not come are named and the save is given up.
+    check_replicas: at the first save and every n-th after it, compare the replicas of all ranks; 0 never does.
+    info: JSON that is put into every manifest.
+    log: gets a line for the user, on rank 0 only. None: a warning of the logger "harness.checkpoint".
+    saved: called on rank 0 with the `Outcome` of each save that succeeded, from within a later call of this object.
+
     Raises Unavailable where the engine cannot work here.
     """
 
@@ -66,301 +60,187 @@ class Manager:
         directory: str | os.PathLike[str],
         comm: Comm | None = None,
         *,
+        save: When | None = None,
         keep: Keep | None = None,
         engine: EngineName = "auto",
-        log: Callable[[str], None] | None = None,
+        background: bool = True,
+        lazy: bool = False,
+        busy: Literal["skip", "wait"] = "skip",
+        timeout: float = 600.0,
         check_replicas: int = 10,
+        info: Mapping[str, Json] | None = None,
+        log: Callable[[str], None] | None = None,
+        saved: Callable[[Outcome], None] | None = None,
     ) -> None:
         self.directory = Path(directory)
         self.comm: Comm = detect() if comm is None else comm
-        self._keep = keep_last(3) if keep is None else keep
+        self._when = When() if save is None else save
+        self._background, self._lazy, self._busy = background, lazy, busy
         self._tell = logging.getLogger("harness.checkpoint").warning if log is None else log
-        self._engine = choose(engine, self.comm, self._log)
-        self._check_replicas = check_replicas
-        self._staging = Staging()
-        self._saves = 0
-        self._from_rank0: tuple[int, ...] = ()
-        self._form: _Form | None = None
-        self._good: dict[Path, Manifest] = {}  # rank 0: checkpoints that were looked at
+        self._saved = saved
+        self._saver = Saver(
+            self.directory,
+            self.comm,
+            choose(engine, self.comm, self._log),
+            keep=keep_last(3) if keep is None else keep,
+            timeout=timeout,
+            check_replicas=check_replicas,
+            lazy=lazy,
+            info=info or {},
+        )
+        self._asked = Asked(self.directory, self.comm, self._when)
+        self._hooked: weakref.WeakSet[Any] = weakref.WeakSet()
+        self._failure: SaveFailed | None = None
+        self._last: tuple[int, State, Mapping[str, float] | None] | None = None
+        self._last_saved: int | None = None
 
-    def save(self, step: int, state: State, metrics: Mapping[str, float] | None = None) -> Path:
-        """Write a checkpoint and return its path once it is durable. Collective, synchronous.
+    def step(self, step: int, state: State, metrics: Mapping[str, float] | None = None) -> bool:
+        """After `step` steps: save if it is time to. True when the job was asked to stop; the state is then saved.
 
-        Raises SaveFailed, on all ranks alike.
+        Costs nothing that is not due: the clock and stops are asked for about once a second, in one small exchange.
         """
-        taken, _ = together(self.comm, step, "while it collected the state", lambda: _collect(step, state, metrics))
-        self._require_same(taken)
+        self.poll()
+        self._last = (step, state, metrics)
+        asked = self._asked.after(step)
+        if asked.stop:
+            self.save(step, state, metrics, wait=True)
+        elif asked.save or self._when.at(step):
+            self._asked.saved()
+            self._try(step, state, metrics)
+        return asked.stop
 
-        identity = uuid.uuid4().hex
-        begun, opening = together(self.comm, step, "before anything was written", lambda: self._begin(taken, identity))
-        temporary = self.directory / opening[0]["name"]
+    def save(
+        self, step: int, state: State, metrics: Mapping[str, float] | None = None, *, wait: bool | None = None
+    ) -> Path | None:
+        """Save now; returns the path that the checkpoint has, or is going to have. None: skipped, one is under way.
+
+        wait: return once it is durable (None: as `background` says).
+        Raises SaveFailed, on all ranks alike, where it cannot begin or, when waiting, where it fails.
+        """
+        wait = not self._background if wait is None else wait
+        self._end(wait=wait or self._busy == "wait")
+        if self._lazy:
+            self._hook(state)
         try:
-            if begun is None:  # not rank 0, which has laid out the file and knows how much room its metadata takes
-                begun = self._form
-                if begun is None or begun.schema != taken.schema:
-                    begun = _Form(taken.schema, lay_out(taken.snapshot.leaves, head=opening[0]["head"]), b"")
-            if self._form is None or self._form.schema != begun.schema:
-                self._from_rank0 = ()
-            self._form = begun
-            return self._write(taken, begun, temporary, identity)
-        except BaseException:
-            if self.comm.rank == 0:
-                commit.abandon(temporary)
-            raise
+            path = self._saver.start(step, state, metrics)
+        finally:
+            self._flush()
+        if path is None:
+            self._log(f"no checkpoint at step {step}: the one before is still being written")
+            return None
+        self._last_saved = step
+        self._end(wait=wait)
+        if wait:
+            self._raise_failure()
+        return path
 
-    def restore(self, state: State, *, partial: bool = False) -> int | None:
-        """Bring the state to that of the newest good checkpoint; returns its step, None where there is no checkpoint.
+    def poll(self) -> None:
+        """Tell how the last save ended, if it has by now. Cheap. Local, though best called by all ranks."""
+        self._end(wait=False)
 
-        One that is damaged is passed over for the one before it, and a line says so. `partial`: what the checkpoint
-        holds beyond the state's entries is left out. Collective. Raises DataError, on all ranks alike, where the
-        checkpoint does not fit the state (which is then unchanged) or where none of several is good.
+    def wait(self) -> None:
+        """Return once no save is under way. Raises SaveFailed, on all ranks alike, where the last one failed."""
+        self._end(wait=True)
+        self._raise_failure()
+
+    def fence(self) -> None:
+        """Lazy saves: return once the state may change. Optimizers of the state call it before their step. Local."""
+        self._saver.fence()
+
+    def claim(self) -> None:
+        """Make sure now, rather than at the first save, that no other job saves here. Raises StorageError."""
+        self._saver.claim()
+        self._flush()
+
+    def restore(self, state: State, which: int | str = "latest", *, partial: Any = False) -> int | None:
+        """Bring the state to that of a checkpoint; returns its step, None where there is none.
+
+        which: "latest" is the newest that is good: one that is damaged is passed over for the one before, and a line
+        says so. A step, a tag, "best:METRIC" or "best:METRIC:max" name one checkpoint, which must be good.
+        partial: see `partial.Partial`; by default all must fit.
+
+        Raises DataError, on all ranks alike, where the checkpoint does not fit the state (which is then unchanged) or
+        where none of several is good; InputMissing where the one that is named does not exist.
         """
-        rejected = 0
-        candidates, unreadable = self._candidates()
-        while True:
-            found: Any = self.comm.broadcast(unreadable or self._next(candidates))
-            if found["error"] is not None:
-                raise (NewerVersion if found["newer"] else DataError)(found["error"])
-            rejected = max(rejected + found["rejected"], found.get("marked", 0))
-            if found["name"] is None:
-                if rejected:  # also those that an earlier start found: beginning anew is for the user to decide
-                    raise DataError(
-                        f"none of the {rejected} checkpoints in {self.directory} is good",
-                        hint="move the directory away to begin anew",
-                    )
-                return None
-            path = self.directory / found["name"]
-            manifest = parse(found["manifest"])
-            try:
-                self._restore_from(path, manifest, state, partial)
-            except store.Damaged as error:
-                rejected += 1
-                self._reject(path, error)
-                continue
-            return manifest.step
+        self._end(wait=True)
+        loader = Loader(self.directory, self.comm, self._saver.good, self._log)
+        if which == "latest":
+            found = loader.newest(state, partial)
+        else:
+            found = loader.chosen(which, state, partial)
+        return None if found is None else found.step
 
     def close(self) -> None:
-        """Wait for all ranks; nothing is pending, every save has returned complete."""
-        self.comm.barrier()
+        """End the saves that are under way, save the end where `at_end` asks for it, and wait for all ranks.
 
-    # Saving
-
-    def _begin(self, taken: _Taken, identity: str) -> tuple[_Form | None, Json]:
-        """Rank 0: the temporary directory with the data file in it."""
-        if self.comm.rank != 0:
-            return None, None
-        commit.make_directories(self.directory)
-        if self._saves == 0:
-            for left in store.clean(self.directory):
-                self._log(f"removed {left.name}, which an earlier program left unfinished")
-        name = store.new_name(self.directory, taken.step)
-        temporary = self.directory / f"{name}{commit.TEMPORARY}{identity}"
-        temporary.mkdir()
+        Raises SaveFailed, on all ranks alike, where the last save failed.
+        """
         try:
-            form = self._form
-            if form is None or form.schema != taken.schema:
-                layout = lay_out(taken.snapshot.leaves)
-                self._room_for(layout)
-                form = _Form(taken.schema, *fit_head(layout, taken.snapshot.aliases, temporary / "scratch.h5"))
-            else:
-                self._room_for(form.layout)
-            commit.begin(temporary, form.layout, form.head, superblock=self._engine.superblock_first)
-        except BaseException:
-            commit.abandon(temporary)
-            raise
-        return form, {"name": temporary.name, "head": form.layout.head}
+            self._end(wait=True)
+            if self._when.end and self._last is not None and self._last_saved != self._last[0]:
+                step, state, metrics = self._last
+                self.save(step, state, metrics, wait=True)
+            self.comm.barrier()
+            self._raise_failure()
+        finally:
+            self._give_back()
 
-    def _write(self, taken: _Taken, form: _Form, temporary: Path, identity: str) -> Path:
-        step, layout, data = taken.step, form.layout, temporary / commit.DATA
-        buffers = [taken.snapshot.buffers[leaf.name] for leaf in layout.leaves]
-        together(self.comm, step, "when it opened the new file", lambda: wait_for(data, layout.data_end))
-        if self._check_replicas and self._saves % self._check_replicas == 0:
-            self._compare(layout, buffers)
+    def __enter__(self) -> Manager:
+        return self
 
-        def stage() -> tuple[list[Image], Json]:
-            plan = make_plan(layout, rank=self.comm.rank, size=self.comm.size, from_rank0=self._from_rank0)
-            images = self._staging.prepare(layout, plan)
-            self._staging.fill(buffers)
-            return images, None
-
-        # Before any rank opens the file: with mpio that is collective, and a rank that is not there keeps the others.
-        images, _ = together(self.comm, step, "while it copied its part", stage)
-
-        def write() -> tuple[None, Json]:
-            digests = self._engine.write(data, layout, images, self.comm)
-            return None, [[block, f"{value:x}"] for block, value in digests.items()]
-
-        _, digests = together(self.comm, step, "while it wrote its part", write)
-        final = temporary.with_name(temporary.name.partition(commit.TEMPORARY)[0])
-
-        def finish() -> tuple[None, Json]:
-            if self.comm.rank == 0:
-                self._commit(taken, form, digests, temporary, final, identity)
-            return None, None
-
-        together(self.comm, step, "while it committed it", finish)
-        self._saves += 1
-        if self.comm.rank == 0:
-            self._prune()
-        return final
-
-    def _commit(
-        self, taken: _Taken, form: _Form, digests: list[Any], temporary: Path, final: Path, identity: str
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        table = np.zeros(form.layout.blocks, np.uint64)
-        for block, value in (pair for part in digests for pair in part):
-            table[block] = int(value, 16)
-        manifest = Manifest(
-            uuid=identity,
-            step=taken.step,
-            created=time.time(),
-            world=self.comm.size,
-            layout=form.layout,
-            table=root(table),
-            head=xxhash.xxh3_128_hexdigest(form.head),
-            aliases=taken.snapshot.aliases,
-            state=taken.snapshot.record,
-            metrics=taken.metrics,
-            info={"engine": self._engine.name},
-        )
-        text = render(manifest)
-        commit.seal(temporary, form.layout, form.head, table, identity, taken.step)
-        commit.publish(temporary, final, text)
-        self._good[final] = manifest
+        if error is None:
+            self.close()
+        else:  # the other ranks may be elsewhere: nothing collective
+            self._end(wait=True)
+            self._give_back()
 
-    def _room_for(self, layout: Layout) -> None:
-        needed = layout.data_end + _SPARE
-        free = shutil.disk_usage(self.directory).free
-        if free < needed:
-            raise OSError(errno.ENOSPC, f"{needed} bytes are needed, {free} are free", str(self.directory))
-
-    def _compare(self, layout: Layout, buffers: list[Any]) -> None:
-        unequal = compare(layout, buffers, self.comm)
-        self._from_rank0 = unequal.leaves
-        if unequal.leaves:
-            names = ", ".join(layout.leaves[index].name for index in unequal.leaves[:10])
-            more = f" and {len(unequal.leaves) - 10} more" if len(unequal.leaves) > 10 else ""
-            ranks = ", ".join(map(str, unequal.ranks[:10])) + (", ..." if len(unequal.ranks) > 10 else "")
-            self._log(
-                f"warning: ranks that should be equal are not: rank {ranks} differs from rank 0 in {names}{more};"
-                " rank 0's copy is saved"
-            )
-
-    def _prune(self) -> None:
+    def _try(self, step: int, state: State, metrics: Mapping[str, float] | None) -> None:
         try:
-            store.prune(self.directory, self._keep, self._good, self._log)
-        except OSError as error:
-            self._log(f"old checkpoints could not be removed: {error}")
+            self.save(step, state, metrics)
+        except SaveFailed as error:
+            self._failure = error
+            self._log(f"warning: {error}")
 
-    # Restoring
-
-    def _candidates(self) -> tuple[list[store.Stored], Json]:
-        """Rank 0: what may be restored, oldest first, or what `restore` raises when the directory cannot be read."""
-        if self.comm.rank != 0:
-            return [], None
-        try:
-            return store.listing(self.directory), None
-        except OSError as error:
-            return [], {"error": f"{self.directory} cannot be read: {error.strerror}", "newer": False}
-
-    def _next(self, candidates: list[store.Stored]) -> Json:
-        """Rank 0: the newest candidate that looks good, with its manifest; it and those passed over are removed."""
-        rejected = 0
-        while candidates:
-            stored = candidates.pop()
-            try:
-                manifest, text = store.check(stored.path)
-            except NewerVersion as error:
-                return {"error": str(error), "newer": True}
-            except (HarnessError, OSError) as error:
-                rejected += 1
-                self._reject(stored.path, error)
-                continue
-            self._good[stored.path] = manifest
-            return {"error": None, "rejected": rejected, "name": stored.path.name, "manifest": text}
-        return {"error": None, "rejected": rejected, "marked": store.count_damaged(self.directory), "name": None}
-
-    def _restore_from(self, path: Path, manifest: Manifest, state: State, partial: bool) -> None:
-        restore = Restore()
-        problem: Json = None
-        try:
-            restore = prepare(state, manifest, partial=partial)
-            problem = [*restore.problems]
-        except Exception as error:
-            problem = describe(error)
-        for found in self.comm.all_gather(problem):
-            if isinstance(found, dict):
-                raise DataError(f"{path} cannot be restored: {found['message']}", hint=found["hint"])
-            if isinstance(found, list) and found:
-                raise complain(found, path)
-        load(path, manifest, restore.sinks, self.comm)
-        problem = None
-        try:
-            restore.finish()
-        except Exception as error:
-            problem = describe(error)
-        for rank, found in enumerate(self.comm.all_gather(problem)):
-            if isinstance(found, dict):
-                raise DataError(f"{path} could not be handed over on rank {rank}: {found['message']}")
-
-    def _reject(self, path: Path, error: HarnessError | OSError) -> None:
-        if self.comm.rank != 0:
+    def _end(self, *, wait: bool) -> None:
+        """Take note of how the running save ended."""
+        outcome = self._saver.outcome(wait=wait)
+        self._flush()
+        if outcome is None:
             return
-        self._log(f"warning: the checkpoint {path.name} is passed over: {str(error).splitlines()[0]}")
-        self._good.pop(path, None)
-        if isinstance(error, store.Damaged) and error.proven:
-            try:
-                store.mark_damaged(path, error.message)
-            except OSError as failure:
-                self._log(f"{path} could not be marked as damaged: {failure}")
-
-    def _require_same(self, taken: _Taken) -> None:
-        """All ranks save the same step and the same tensors, else SaveFailed says where they differ."""
-        votes: list[Any] = self.comm.all_gather([taken.step, taken.schema])
-        different = [rank for rank, (step, _) in enumerate(votes) if step != votes[0][0]]
-        if different:
-            raise SaveFailed(
-                f"the checkpoint was not saved: rank 0 saves step {votes[0][0]},"
-                f" rank {different[0]} saves step {votes[different[0]][0]}"
-            )
-        if len({schema for _, schema in votes}) == 1:
+        if outcome.failed is None:
+            self._failure = None
+            if self._saved is not None and self.comm.rank == 0:
+                self._saved(outcome)
             return
-        mine = schema_lines(taken.snapshot.leaves, taken.snapshot.aliases)
-        first: Any = self.comm.broadcast(mine)
-        found: list[Any] = self.comm.all_gather(sorted(set(mine) ^ set(first))[:3])
-        rank, lines = next((rank, lines) for rank, lines in enumerate(found) if lines)
-        raise SaveFailed(
-            f"the checkpoint of step {taken.step} was not saved: rank {rank} and rank 0 hold different tensors,"
-            f" for example {'; '.join(lines)}"
+        self._last_saved = None
+        self._failure = SaveFailed(
+            f"the checkpoint of step {outcome.step} was not saved: {outcome.failed}", hint=outcome.hint
         )
+        self._log(f"warning: {self._failure}")
+
+    def _raise_failure(self) -> None:
+        failure, self._failure = self._failure, None
+        if failure is not None:
+            raise failure
+
+    def _hook(self, state: State) -> None:
+        for name, value in state.entries.items():
+            if state.kinds[name] == "optimizer" and value not in self._hooked:
+                value.register_step_pre_hook(lambda *_: self.fence())
+                self._hooked.add(value)
+
+    def _give_back(self) -> None:
+        self._saver.close()
+        self._flush()
+        self._asked.close()
+
+    def _flush(self) -> None:
+        while not self._saver.lines.empty():
+            self._log(self._saver.lines.get())
 
     def _log(self, line: str) -> None:
         if self.comm.rank == 0:
             self._tell(line)
-
-
-@dataclass(frozen=True, eq=False)
-class _Taken:
-    """What one rank wants to save."""
-
-    step: int
-    snapshot: Snapshot
-    schema: str
-    metrics: dict[str, Json]
-
-
-@dataclass(frozen=True, eq=False)
-class _Form:
-    """The shape of the file for one schema; `head`, the HDF5 metadata, on rank 0 only."""
-
-    schema: str
-    layout: Layout
-    head: bytes
-
-
-def _collect(step: int, state: State, metrics: Mapping[str, float] | None) -> tuple[_Taken, Json]:
-    if step < 0:
-        raise DataError(f"the step is {step}; steps count from 0")
-    encoded: Any = encode(dict(metrics or {}), "metrics", {})
-    snapshot = take(state)
-    return _Taken(step, snapshot, schema_hash(snapshot.leaves, snapshot.aliases), encoded), None

@@ -1,4 +1,4 @@
-"""Which checkpoints to keep: small rules that combine with `|` (what any of them keeps is kept). Pure.
+"""Which checkpoints to keep, and when to make them: small rules that combine with `|` (what any of them keeps is kept). Pure.
 
 >>> keep = keep_last(2) | keep_best("val/loss", 1, mode="min") | keep_every(steps=1000)
 >>> keep.select([(500, {"val/loss": 0.1}), (1000, {}), (1500, {"val/loss": 0.3}), (2000, {}), (2500, {})])
@@ -8,6 +8,7 @@
 from __future__ import annotations
 
 import math
+import signal
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal, TypeAlias
@@ -68,3 +69,51 @@ def keep_all() -> Keep:
 def _at_least_one(count: int) -> None:
     if count < 1:
         raise ValueError(f"a number of checkpoints or steps is at least 1, not {count}")
+
+
+@dataclass(frozen=True)
+class When:
+    """When `Manager.step` saves: whichever of these comes first. Made by `every`, `on_stop`, `at_end`; joins by `|`."""
+
+    steps: tuple[int, ...] = ()
+    seconds: tuple[float, ...] = ()
+    signals: tuple[int, ...] = ()
+    end: bool = False
+
+    def __or__(self, other: When) -> When:
+        return When(
+            self.steps + other.steps,
+            self.seconds + other.seconds,
+            self.signals + other.signals,
+            self.end or other.end,
+        )
+
+    def at(self, step: int) -> bool:
+        """Whether a save is due after `step` steps, whatever the clock says: the same on all ranks."""
+        return any(step % steps == 0 for steps in self.steps)
+
+
+def every(*, steps: int | None = None, minutes: float | None = None) -> When:
+    """After so many steps, or so many minutes after the last save began."""
+    if (steps is None) == (minutes is None):
+        raise ValueError("every takes steps or minutes: every(steps=500) | every(minutes=15)")
+    if steps is not None:
+        _at_least_one(steps)
+        return When(steps=(steps,))
+    assert minutes is not None
+    if not 0 < minutes < math.inf:
+        raise ValueError(f"minutes between checkpoints are more than 0, not {minutes}")
+    return When(seconds=(60.0 * minutes,))
+
+
+def on_stop(*signals: int) -> When:
+    """When the job is asked to stop: by one of these signals (unset: SIGTERM, SIGINT, SIGUSR1, SIGUSR2) on any rank.
+
+    `Manager.step` then saves and returns True: leave the loop.
+    """
+    return When(signals=signals or (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2))
+
+
+def at_end() -> When:
+    """When the manager is closed, the last step that `Manager.step` saw."""
+    return When(end=True)

@@ -13,10 +13,13 @@ from typing import Any
 import numpy as np
 import xxhash
 
-from harness.checkpoint.comm import Comm
+from harness.checkpoint.agree import together
+from harness.checkpoint.comm import Comm, Json
+from harness.checkpoint.digest import Table
 from harness.checkpoint.layout import Layout
-from harness.checkpoint.staging import IMAGE
 from harness.checkpoint.tensors import Buffer
+
+_PIECE = 16 << 20
 
 
 @dataclass(frozen=True)
@@ -27,14 +30,16 @@ class Unequal:
     ranks: tuple[int, ...]
 
 
-def compare(layout: Layout, buffers: Sequence[Buffer], comm: Comm) -> Unequal:
-    """Compare the replicated leaves of all ranks. Reads all of them once. Collective."""
-    if comm.size == 1:
-        return Unequal((), ())
+def compare(layout: Layout, buffers: Sequence[Buffer], comm: Comm, step: int) -> Unequal:
+    """Compare the replicated leaves of all ranks. Reads all of them once. Collective. Raises SaveFailed on all alike."""
     shared = [index for index, leaf in enumerate(layout.leaves) if leaf.placement == "replicated"]
-    digests = np.array([_digest(buffers[index]) for index in shared], "<u8")
-    together: list[Any] = comm.all_gather(xxhash.xxh3_128_hexdigest(digests.tobytes()))
-    if len(set(together)) == 1:
+
+    def digest() -> tuple[Table, Json]:
+        made = np.array([_digest(buffers[index]) for index in shared], "<u8")
+        return made, xxhash.xxh3_128_hexdigest(made.tobytes())
+
+    digests, roots = together(comm, step, "while it compared its replicas", digest)
+    if len(set(roots)) == 1:
         return Unequal((), ())
     reference: Any = comm.broadcast(digests.tobytes().hex())
     differs = digests != np.frombuffer(bytes.fromhex(reference), "<u8")
@@ -44,9 +49,20 @@ def compare(layout: Layout, buffers: Sequence[Buffer], comm: Comm) -> Unequal:
     return Unequal(leaves, tuple(np.flatnonzero(found.any(axis=1)).tolist()))
 
 
+def warning(layout: Layout, unequal: Unequal) -> str:
+    """What to tell about it, with the first names and ranks."""
+    names = ", ".join(layout.leaves[index].name for index in unequal.leaves[:10])
+    more = f" and {len(unequal.leaves) - 10} more" if len(unequal.leaves) > 10 else ""
+    ranks = ", ".join(map(str, unequal.ranks[:10])) + (", ..." if len(unequal.ranks) > 10 else "")
+    return (
+        f"warning: ranks that should be equal are not: rank {ranks} differs from rank 0 in {names}{more};"
+        " rank 0's copy is saved"
+    )
+
+
 def _digest(buffer: Buffer) -> int:
     state = xxhash.xxh3_64()
-    for at in range(0, buffer.nbytes, IMAGE):
-        state.update(buffer.read(at, min(at + IMAGE, buffer.nbytes)).data)
+    for at in range(0, buffer.nbytes, _PIECE):
+        state.update(buffer.read(at, min(at + _PIECE, buffer.nbytes)).data)
     buffer.release()
     return state.intdigest()

@@ -1,0 +1,139 @@
+"""Bring a state to what a checkpoint holds: find one that is good, check that it fits, read it. All ranks together.
+
+What is wrong on one rank is told to all of them, and all raise the same. See `manager.Manager.restore`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from harness.checkpoint import store
+from harness.checkpoint.agree import describe
+from harness.checkpoint.comm import Comm, Json
+from harness.checkpoint.manifest import Manifest, NewerVersion, parse
+from harness.checkpoint.reader import load
+from harness.checkpoint.restoring import Restore
+from harness.checkpoint.select import select
+from harness.checkpoint.state import State, complain, prepare
+from harness.errors import DataError, HarnessError, InputMissing, StorageError, UsageError
+
+Which = int | str
+
+
+class Loader:
+    """Restores from one directory. `good`: rank 0's checkpoints that were looked at, kept up to date."""
+
+    def __init__(
+        self, directory: Path, comm: Comm, good: dict[Path, Manifest], log: Callable[[str], None]
+    ) -> None:
+        self._directory, self._comm, self._good, self._log = directory, comm, good, log
+
+    def newest(self, state: State, partial: Any) -> Manifest | None:
+        """Restore the newest good checkpoint; None where there is none. Collective. Raises DataError."""
+        rejected = 0
+        candidates, unreadable = self._candidates()
+        while True:
+            found: Any = self._comm.broadcast(unreadable or self._next(candidates))
+            if found["error"] is not None:
+                raise (NewerVersion if found["newer"] else DataError)(found["error"])
+            rejected = max(rejected + found["rejected"], found.get("marked", 0))
+            if found["name"] is None:
+                if rejected:  # also those that an earlier start found: beginning anew is for the user to decide
+                    raise DataError(
+                        f"none of the {rejected} checkpoints in {self._directory} is good",
+                        hint="move the directory away to begin anew",
+                    )
+                return None
+            path = self._directory / found["name"]
+            manifest = parse(found["manifest"])
+            try:
+                self._load(path, manifest, state, partial)
+            except store.Damaged as error:
+                rejected += 1
+                self._reject(path, error)
+                continue
+            return manifest
+
+    def chosen(self, which: Which, state: State, partial: Any) -> Manifest:
+        """Restore the one that the user names. Collective. Raises InputMissing, DataError."""
+        said: dict[str, Any] = {}
+        if self._comm.rank == 0:
+            try:
+                path = select(self._directory, which)
+                said = {"path": str(path), "manifest": store.check(path)[1]}
+            except (HarnessError, OSError) as error:
+                said = {"error": describe(error), "kind": type(error).__name__}
+        found: Any = self._comm.broadcast(said)
+        if "error" in found:
+            kind = _KINDS.get(found["kind"], DataError)
+            raise kind(found["error"]["message"], hint=found["error"]["hint"])
+        manifest = parse(found["manifest"])
+        self._load(Path(found["path"]), manifest, state, partial)
+        return manifest
+
+    def _candidates(self) -> tuple[list[store.Stored], Json]:
+        """Rank 0: what may be restored, oldest first, or what is raised when the directory cannot be read."""
+        if self._comm.rank != 0:
+            return [], None
+        try:
+            return store.listing(self._directory), None
+        except OSError as error:
+            return [], {"error": f"{self._directory} cannot be read: {error.strerror}", "newer": False}
+
+    def _next(self, candidates: list[store.Stored]) -> Json:
+        """Rank 0: the newest candidate that looks good, with its manifest; it and those passed over are removed."""
+        rejected = 0
+        while candidates:
+            stored = candidates.pop()
+            try:
+                manifest, text = store.check(stored.path)
+            except NewerVersion as error:
+                return {"error": str(error), "newer": True}
+            except (HarnessError, OSError) as error:
+                rejected += 1
+                self._reject(stored.path, error)
+                continue
+            self._good[stored.path] = manifest
+            return {"error": None, "rejected": rejected, "name": stored.path.name, "manifest": text}
+        return {"error": None, "rejected": rejected, "marked": store.count_damaged(self._directory), "name": None}
+
+    def _load(self, path: Path, manifest: Manifest, state: State, partial: Any) -> None:
+        restore = Restore()
+        problem: Json = None
+        try:
+            restore = prepare(state, manifest, partial=partial)
+            problem = [*restore.problems]
+        except Exception as error:
+            problem = describe(error)
+        for found in self._comm.all_gather(problem):
+            if isinstance(found, dict):
+                raise DataError(f"{path} cannot be restored: {found['message']}", hint=found["hint"])
+            if isinstance(found, list) and found:
+                raise complain(found, path)
+        load(path, manifest, restore.sinks, self._comm)
+        problem = None
+        try:
+            restore.finish()
+        except Exception as error:
+            problem = describe(error)
+        for rank, found in enumerate(self._comm.all_gather(problem)):
+            if isinstance(found, dict):
+                raise DataError(f"{path} could not be handed over on rank {rank}: {found['message']}")
+
+    def _reject(self, path: Path, error: HarnessError | OSError) -> None:
+        if self._comm.rank != 0:
+            return
+        self._log(f"warning: the checkpoint {path.name} is passed over: {str(error).splitlines()[0]}")
+        self._good.pop(path, None)
+        if isinstance(error, store.Damaged) and error.proven:
+            try:
+                store.mark_damaged(path, error.message)
+            except OSError as failure:
+                self._log(f"{path} could not be marked as damaged: {failure}")
+
+
+_KINDS: dict[str, type[HarnessError]] = {
+    kind.__name__: kind for kind in (DataError, InputMissing, NewerVersion, StorageError, UsageError, store.Damaged)
+}

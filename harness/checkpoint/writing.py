@@ -1,0 +1,221 @@
+"""The part of a save that runs behind training: make the file, write this rank's slice, vote, commit, prune.
+
+    rank 0 makes the file -> all write their slices -> vote with a deadline -> rank 0 commits -> all learn of it
+
+Runs in one thread of its own on every rank, or on the main thread with an engine that needs it (mpio). It raises
+nothing: how it ended is an `Outcome`, the same on all ranks.
+"""
+
+from __future__ import annotations
+
+import base64
+import time
+from collections.abc import Callable, Mapping
+from concurrent.futures import Future
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import xxhash
+
+from harness.checkpoint import commit, store
+from harness.checkpoint.agree import attempt, describe, refusal, wait_for
+from harness.checkpoint.ballot import Ballot
+from harness.checkpoint.comm import Comm, Json
+from harness.checkpoint.digest import root
+from harness.checkpoint.engines import Engine
+from harness.checkpoint.layout import Layout
+from harness.checkpoint.lease import Lease
+from harness.checkpoint.manifest import Manifest, render
+from harness.checkpoint.policy import Keep
+from harness.checkpoint.snapshot import Snapshot
+from harness.checkpoint.staging import Image
+
+_PATIENCE = 2
+"""Ranks wait this many times the deadline for rank 0, which may itself need all of it."""
+
+
+@dataclass(frozen=True, eq=False)
+class Taken:
+    """What one rank wants to save."""
+
+    snapshot: Snapshot
+    schema: str
+    metrics: dict[str, Json]
+
+
+@dataclass(frozen=True, eq=False)
+class Form:
+    """The shape of the file for one schema; `head`, the HDF5 metadata, on rank 0 only."""
+
+    schema: str
+    layout: Layout
+    head: bytes
+
+
+@dataclass(frozen=True, eq=False)
+class Order:
+    """A save that all ranks have agreed on. `number` counts them; `began` is this rank's `perf_counter`."""
+
+    step: int
+    number: int
+    identity: str
+    temporary: Path
+    form: Form
+    taken: Taken
+    began: float
+
+    @property
+    def final(self) -> Path:
+        return self.temporary.with_name(self.temporary.name.partition(commit.TEMPORARY)[0])
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """How a save ended. `failed`: why not; None for a checkpoint that is durable at `path`."""
+
+    step: int
+    path: Path
+    failed: str | None
+    hint: str | None
+    waited: float
+    """Seconds for which training stood still on this rank."""
+    seconds: float
+    """From the request until it was durable."""
+
+
+@dataclass
+class Writer:
+    """What the saves of one directory share. `opening` and `closing` are the two votes of this thread."""
+
+    directory: Path
+    comm: Comm
+    engine: Engine
+    keep: Keep
+    timeout: float
+    info: Mapping[str, Json]
+    log: Callable[[str], None]
+    opening: Ballot
+    closing: Ballot
+    hosts: list[str]
+    good: dict[Path, Manifest]
+    """Rank 0: checkpoints that were looked at."""
+    lease: Lease | None = None
+    saved: int = 0
+    """Rank 0: how many checkpoints came of it."""
+
+    def run(
+        self,
+        order: Order,
+        images: list[Image] | None,
+        error: Exception | None,
+        copied: Future[None] | None,
+        waited: float,
+    ) -> Outcome:
+        """Collective, in the sense that every rank does it. `error`: why this rank has no images."""
+        when, digests, elsewhere = "while it copied its part", {}, False
+        try:
+            elsewhere = not self._begin(order)
+            if error is None and copied is not None:
+                copied.result()
+            if error is None and images is not None and not elsewhere:
+                when = "when it opened the new file"
+                data = order.temporary / commit.DATA
+                self._open(data, order.form.layout.data_end)
+                when = "while it wrote its part"
+                digests = self.engine.write(data, order.form.layout, images, self.comm)
+        except Exception as problem:
+            error = problem
+        told: Any = describe(error)
+        if told is not None:
+            told["when"] = when
+        message: Json = {"error": told, "digests": _pack(digests)}
+        try:
+            verdict: Any = self.closing.hold(
+                order.number, message, lambda said, missing: self._commit(order, said, missing), self.timeout
+            )
+        except Exception as problem:
+            told = describe(problem)
+            verdict = {"failed": told["message"], "hint": told["hint"]}
+        seconds = time.perf_counter() - order.began
+        if self.comm.rank == 0 and verdict["failed"] is None:
+            self._prune()
+        return Outcome(order.step, order.final, verdict["failed"], verdict["hint"], waited or seconds, seconds)
+
+    def _begin(self, order: Order) -> bool:
+        """Rank 0 makes the file; the others wait until it has: False where it could not. Raises on rank 0; NoAnswer."""
+        if self.comm.rank != 0:
+            return self.opening.hear(order.number, _PATIENCE * self.timeout) is True
+        made = False
+        try:
+            order.temporary.mkdir()
+            commit.begin(order.temporary, order.form.layout, order.form.head, superblock=self.engine.superblock_first)
+            made = True
+        finally:
+            self.opening.tell(order.number, made)
+        return made
+
+    def _open(self, data: Path, size: int) -> None:
+        """Until this rank sees the file. An engine that is collective begins only where all of them do."""
+        _, error = attempt(lambda: wait_for(data, size))
+        if not self.engine.background and any(self.comm.all_gather(error is not None)) and error is None:
+            raise OSError("another rank does not see the new file")
+        if error is not None:
+            raise error
+
+    def _commit(self, order: Order, said: Mapping[int, Any], missing: list[int]) -> Json:
+        """Rank 0: make it a checkpoint, or remove what was begun."""
+        refused = refusal(said, missing, self.hosts, "while it wrote its part", "did not finish writing", self.timeout)
+        if refused is None:
+            _, error = attempt(lambda: self._publish(order, said))
+            refused = refusal({0: {"error": describe(error)}}, [], self.hosts, "while it committed it", "", 0.0)
+        if refused is not None:
+            commit.abandon(order.temporary)
+            return refused
+        self.saved += 1
+        return {"failed": None, "hint": None}
+
+    def _publish(self, order: Order, said: Mapping[int, Any]) -> None:
+        form, taken = order.form, order.taken
+        table = np.zeros(form.layout.blocks, np.uint64)
+        for message in said.values():
+            blocks, digests = _unpack(message["digests"])
+            table[blocks] = digests
+        manifest = Manifest(
+            uuid=order.identity,
+            step=order.step,
+            created=time.time(),
+            world=self.comm.size,
+            layout=form.layout,
+            table=root(table),
+            head=xxhash.xxh3_128_hexdigest(form.head),
+            aliases=taken.snapshot.aliases,
+            state=taken.snapshot.record,
+            metrics=taken.metrics,
+            info={"engine": self.engine.name, **self.info},
+        )
+        text = render(manifest)
+        commit.seal(order.temporary, form.layout, form.head, table, order.identity, order.step)
+        if self.lease is not None:
+            self.lease.require()
+        commit.publish(order.temporary, order.final, text)
+        self.good[order.final] = manifest
+
+    def _prune(self) -> None:
+        try:
+            store.prune(self.directory, self.keep, self.good, self.log)
+        except OSError as error:
+            self.log(f"old checkpoints could not be removed: {error}")
+
+
+def _pack(digests: Mapping[int, int]) -> str:
+    """Digests by block as text: two arrays of little-endian 8-byte integers."""
+    both = np.array([list(digests.keys()), list(digests.values())], "<u8")
+    return base64.b64encode(both.tobytes()).decode()
+
+
+def _unpack(text: str) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.uint64]]:
+    both = np.frombuffer(base64.b64decode(text), "<u8").reshape(2, -1)
+    return both[0].astype(np.int64), both[1]
