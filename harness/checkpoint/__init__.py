@@ -20,7 +20,17 @@ from __future__ import annotations
 from harness.checkpoint.agree import SaveFailed
 from harness.checkpoint.comm import Comm, Horovod, Mpi, Single, detect
 from harness.checkpoint.manager import Manager
-from harness.checkpoint.policy import Keep, keep_all, keep_best, keep_every, keep_last
+from harness.checkpoint.policy import (
+    Keep,
+    When,
+    at_end,
+    every,
+    keep_all,
+    keep_best,
+    keep_every,
+    keep_last,
+    on_stop,
+)
 from harness.checkpoint.reader import Checkpoint, open_checkpoint
 from harness.checkpoint.state import State
 from harness.checkpoint.store import Damaged, latest
@@ -36,11 +46,15 @@ __all__ = [
     "SaveFailed",
     "Single",
     "State",
+    "When",
+    "at_end",
     "detect",
+    "every",
     "keep_all",
     "keep_best",
     "keep_every",
     "keep_last",
     "latest",
+    "on_stop",
     "open_checkpoint",
 ]

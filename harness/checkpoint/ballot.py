@@ -30,6 +30,7 @@ from harness.errors import InternalError, StorageError, Unavailable
 Decide: TypeAlias = Callable[[Mapping[int, Json], "list[int]"], Json]
 """(messages by rank, missing ranks) -> verdict. Called on rank 0 only; must not raise."""
 
+_FOLDER = ".votes-"
 _PATIENCE = 2.0
 """The others wait this many times the deadline: rank 0 may need all of it, and then decides."""
 
@@ -56,6 +57,14 @@ class Ballot(Protocol):
     def close(self) -> None:
         """Give back what is held. Local."""
         ...
+
+
+def clean(directory: Path, ballots: list[Ballot]) -> None:
+    """Remove what the votes of programs that ended have left. Only where no other program saves here."""
+    own = {ballot.directory.parent for ballot in ballots if isinstance(ballot, _ByFiles)}
+    for left in directory.glob(f"{_FOLDER}*"):
+        if left not in own and not left.is_symlink():
+            shutil.rmtree(left, ignore_errors=True)
 
 
 def make_ballots(count: int, directory: Path, comm: Comm) -> list[Ballot]:
@@ -96,15 +105,17 @@ class _Between:
             self._send(number, message)
             return self.hear(number, _PATIENCE * timeout)
         messages: dict[int, Json] = {0: message}
+        last = number  # a rank that is ahead of this vote waits for a verdict of its own number
         deadline, wait = time.monotonic() + timeout, _Pause()
         while len(messages) < self.size and time.monotonic() < deadline:
             came = self._receive(number)
             if came is None:
                 wait()
             else:
-                messages[came[0]] = came[1]
+                rank, vote, messages[rank] = came
+                last = max(last, vote)
         verdict = decide(messages, [rank for rank in range(self.size) if rank not in messages])
-        self.tell(number, verdict)
+        self.tell(last, verdict)
         return verdict
 
     def hear(self, number: int, timeout: float) -> Json:
@@ -122,8 +133,8 @@ class _Between:
     def _send(self, number: int, message: Json) -> None:
         raise NotImplementedError
 
-    def _receive(self, number: int) -> tuple[int, Json] | None:
-        """Rank 0: (rank, message) of a message for this vote or a later one, if one has come."""
+    def _receive(self, number: int) -> tuple[int, int, Json] | None:
+        """Rank 0: (rank, vote, message) of a message for this vote or a later one, if one has come."""
         raise NotImplementedError
 
     def _answer(self, number: int) -> tuple[Json] | None:
@@ -154,16 +165,16 @@ class _ByMpi(_Between):
         self.close()
         self._sent.append((self._mpi.Isend(data, dest=rank, tag=tag), data))
 
-    def _receive(self, number: int) -> tuple[int, Json] | None:
+    def _receive(self, number: int) -> tuple[int, int, Json] | None:
         from mpi4py import MPI
 
         return self._next(number, MPI.ANY_SOURCE, self._up)
 
     def _answer(self, number: int) -> tuple[Json] | None:
         found = self._next(number, 0, self._down)
-        return None if found is None else (found[1],)
+        return None if found is None else (found[2],)
 
-    def _next(self, number: int, source: int, tag: int) -> tuple[int, Json] | None:
+    def _next(self, number: int, source: int, tag: int) -> tuple[int, int, Json] | None:
         from mpi4py import MPI
 
         status = MPI.Status()
@@ -172,7 +183,7 @@ class _ByMpi(_Between):
             message.Recv(data)
             found = json.loads(data.tobytes())
             if found[0] >= number:
-                return status.Get_source(), found[1]
+                return status.Get_source(), found[0], found[1]
         return None
 
 
@@ -184,13 +195,13 @@ class _ByFiles(_Between):
     """
 
     def __init__(self, directory: Path, rank: int, size: int) -> None:
-        self._directory, self.rank, self.size = directory, rank, size
+        self.directory, self.rank, self.size = directory, rank, size
         self._nonce = ""
         self._seen: dict[int, str] = {0: ""}
         self._read: set[str] = set()
 
     def tell(self, number: int, verdict: Json) -> None:
-        for path in self._directory.glob("*.json"):  # earlier votes; nobody has sent anything for the next one yet
+        for path in self.directory.glob("*.json"):  # earlier votes; nobody has sent anything for the next one yet
             vote, _, rank = path.name.removesuffix(".json").partition("-")
             if vote.isdigit() and int(vote) < number + bool(rank):
                 path.unlink(missing_ok=True)
@@ -200,26 +211,26 @@ class _ByFiles(_Between):
 
     def close(self) -> None:
         if self.rank == 0:
-            shutil.rmtree(self._directory, ignore_errors=True)
+            shutil.rmtree(self.directory, ignore_errors=True)
             with suppress(OSError):  # the last one of several takes their common directory with it
-                self._directory.parent.rmdir()
+                self.directory.parent.rmdir()
 
     def _send(self, number: int, message: Json) -> None:
         self._nonce = os.urandom(8).hex()
         self._write(f"{number}-{self.rank}.json", [self._nonce, message])
 
-    def _receive(self, number: int) -> tuple[int, Json] | None:
-        for path in self._directory.glob("*-*.json"):
+    def _receive(self, number: int) -> tuple[int, int, Json] | None:
+        for path in self.directory.glob("*-*.json"):
             vote, _, rank = path.name.removesuffix(".json").partition("-")
             if path.name not in self._read and vote.isdigit() and int(vote) >= number and rank.isdigit():
                 self._read.add(path.name)
                 nonce, message = json.loads(path.read_bytes())
                 self._seen[int(rank)] = nonce
-                return int(rank), message
+                return int(rank), int(vote), message
         return None
 
     def _answer(self, number: int) -> tuple[Json] | None:
-        for path in self._directory.glob("*.json"):
+        for path in self.directory.glob("*.json"):
             if path.stem.isdigit() and int(path.stem) >= number:
                 seen, verdict = json.loads(path.read_bytes())
                 mine = seen.get(str(self.rank), "missing" if int(path.stem) == number else None)
@@ -228,9 +239,9 @@ class _ByFiles(_Between):
         return None
 
     def _write(self, name: str, content: Json) -> None:
-        temporary = self._directory / f".{name}-{self.rank}.tmp"
+        temporary = self.directory / f".{name}-{self.rank}.tmp"
         temporary.write_text(json.dumps(content))
-        os.rename(temporary, self._directory / name)
+        os.rename(temporary, self.directory / name)
 
 
 class _Pause:
@@ -259,7 +270,7 @@ def _any_thread(comm: Comm) -> bool:
 
 def _by_files(count: int, directory: Path, comm: Comm) -> list[Ballot]:
     """Rank 0 makes a directory for each ballot; all must see it."""
-    name: Any = comm.broadcast(f".votes-{base64.b32encode(os.urandom(10)).decode().lower()}")
+    name: Any = comm.broadcast(f"{_FOLDER}{base64.b32encode(os.urandom(10)).decode().lower()}")
     problem: Json = None
     if comm.rank == 0:
         try:

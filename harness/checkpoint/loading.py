@@ -25,9 +25,7 @@ Which = int | str
 class Loader:
     """Restores from one directory. `good`: rank 0's checkpoints that were looked at, kept up to date."""
 
-    def __init__(
-        self, directory: Path, comm: Comm, good: dict[Path, Manifest], log: Callable[[str], None]
-    ) -> None:
+    def __init__(self, directory: Path, comm: Comm, good: dict[Path, Manifest], log: Callable[[str], None]) -> None:
         self._directory, self._comm, self._good, self._log = directory, comm, good, log
 
     def newest(self, state: State, partial: Any) -> Manifest | None:

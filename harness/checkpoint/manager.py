@@ -78,10 +78,11 @@ class Manager:
         self._background, self._lazy, self._busy = background, lazy, busy
         self._tell = logging.getLogger("harness.checkpoint").warning if log is None else log
         self._saved = saved
+        self.engine = choose(engine, self.comm, self._log)
         self._saver = Saver(
             self.directory,
             self.comm,
-            choose(engine, self.comm, self._log),
+            self.engine,
             keep=keep_last(3) if keep is None else keep,
             timeout=timeout,
             check_replicas=check_replicas,
@@ -164,10 +165,7 @@ class Manager:
         """
         self._end(wait=True)
         loader = Loader(self.directory, self.comm, self._saver.good, self._log)
-        if which == "latest":
-            found = loader.newest(state, partial)
-        else:
-            found = loader.chosen(which, state, partial)
+        found = loader.newest(state, partial) if which == "latest" else loader.chosen(which, state, partial)
         return None if found is None else found.step
 
     def close(self) -> None:

@@ -55,7 +55,7 @@ def take_module(module: Any, root: str, snapshot: Snapshot, record: dict[str, Js
             snapshot.aliases[path] = first[identity]
         else:
             first[identity] = path
-            snapshot.add(path, tensor, placement)
+            snapshot.add(path, tensor, placement, late=placement == "replicated")
     if extra := {name: part.get_extra_state() for name, part in _parts_with_extra_state(module)}:
         record["extra"] = take_tree(extra, f"{root}/_extra_state", "rank0", snapshot)
 

@@ -56,7 +56,7 @@ def take_optimizer(
     for number, values in state_dict["state"].items():
         if number in by_number:
             name = by_number[number]
-            state[name] = take_tree(values, f"{root}/{escape(name)}", "replicated", snapshot)
+            state[name] = take_tree(values, f"{root}/{escape(name)}", "replicated", snapshot, late=True)
         else:
             rest[str(number)] = values
     record |= {"class": type(optimizer).__name__, "groups": described, "state": state}

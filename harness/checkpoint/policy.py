@@ -1,4 +1,4 @@
-"""Which checkpoints to keep, and when to make them: small rules that combine with `|` (what any of them keeps is kept). Pure.
+"""Which checkpoints to keep, and when to make them: small rules that combine with `|` (any of them is enough). Pure.
 
 >>> keep = keep_last(2) | keep_best("val/loss", 1, mode="min") | keep_every(steps=1000)
 >>> keep.select([(500, {"val/loss": 0.1}), (1000, {}), (1500, {"val/loss": 0.3}), (2000, {}), (2500, {})])

@@ -31,7 +31,7 @@ class Unequal:
 
 
 def compare(layout: Layout, buffers: Sequence[Buffer], comm: Comm, step: int) -> Unequal:
-    """Compare the replicated leaves of all ranks. Reads all of them once. Collective. Raises SaveFailed on all alike."""
+    """Compare the replicated leaves of all ranks. Reads all of them once. Collective. Raises SaveFailed."""
     shared = [index for index, leaf in enumerate(layout.leaves) if leaf.placement == "replicated"]
 
     def digest() -> tuple[Table, Json]:

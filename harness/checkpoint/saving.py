@@ -13,14 +13,14 @@ import queue
 import socket
 import time
 import uuid
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-from harness.checkpoint import commit, space, store
+from harness.checkpoint import ballot, commit, space, store
 from harness.checkpoint.agree import SaveFailed, attempt, describe, refusal, together
-from harness.checkpoint.ballot import NoAnswer, make_ballots
+from harness.checkpoint.ballot import Ballot, NoAnswer
 from harness.checkpoint.comm import Comm, Json
 from harness.checkpoint.engines import Engine
 from harness.checkpoint.file import fit_head
@@ -66,6 +66,7 @@ class Saver:
         self._running: Future[Outcome] | None = None
         self._copied: Future[None] | None = None
         self._writer: Writer | None = None
+        self._ballots: list[Ballot] = []
         self._form: Form | None = None
         self._from_rank0: tuple[int, ...] = ()
         self._lease: Lease | None = None
@@ -88,16 +89,16 @@ class Saver:
             "error": describe(error),
         }
         try:
-            verdict: Any = self._request.hold(
+            verdict: Any = self._ballots[0].hold(
                 step, message, lambda said, missing: self._decide(step, taken, said, missing), self._timeout
             )
         except NoAnswer as silence:
             raise SaveFailed(f"the checkpoint of step {step} was not saved: {silence.message}") from None
+        if verdict["failed"] is not None:
+            told = f"the checkpoint of step {verdict['step']} was not saved: {verdict['failed']}"
+            raise SaveFailed(told, hint=verdict["hint"]) from error
         if verdict["step"] != step:
             raise SaveFailed(f"the checkpoint was not saved: rank 0 saves step {verdict['step']}, this rank {step}")
-        if verdict["failed"] is not None:
-            told = f"the checkpoint of step {step} was not saved: {verdict['failed']}"
-            raise SaveFailed(told, hint=verdict["hint"]) from error
         assert taken is not None
         if verdict["differ"]:
             self._tell_difference(step, taken)
@@ -131,9 +132,8 @@ class Saver:
     def close(self) -> None:
         """Give everything back; a save that is under way ends before. Local."""
         self._thread.shutdown()
-        if self._writer is not None:
-            for ballot in (self._request, self._writer.opening, self._writer.closing):
-                ballot.close()
+        for held in self._ballots:
+            held.close()
         if self._lease is not None:
             self._lease.release()
             self._lease = None
@@ -146,12 +146,14 @@ class Saver:
         if self._lease is None:
             commit.make_directories(self._directory)
             self._lease = Lease.acquire(self._directory, log=self.lines.put)
+            ballot.clean(self._directory, self._ballots)
             for left in store.clean(self._directory):
                 self.lines.put(f"removed {left.name}, which an earlier program left unfinished")
 
     def _meet(self) -> Writer:
         """The first time: ways to vote, and each other's names. Collective."""
-        self._request, opening, closing = make_ballots(3, self._directory, self._comm)
+        self._ballots = ballot.make_ballots(3, self._directory, self._comm)
+        _, opening, closing = self._ballots
         hosts = [str(host) for host in self._comm.all_gather(socket.gethostname())]
         self._writer = Writer(
             self._directory,
@@ -196,8 +198,12 @@ class Saver:
         if form is None or form.schema != taken.schema:
             layout = lay_out(taken.snapshot.leaves)
             space.preflight(self._directory, layout.data_end, _FILES)
-            scratch = self._directory / f"step-scratch{commit.TEMPORARY}{uuid.uuid4().hex}"
-            self._form = form = Form(taken.schema, *fit_head(layout, taken.snapshot.aliases, scratch))
+            scratch = self._directory / f"step-{step:08d}{commit.TEMPORARY}{uuid.uuid4().hex}"
+            scratch.mkdir()
+            try:
+                self._form = form = Form(taken.schema, *fit_head(layout, taken.snapshot.aliases, scratch / "head.h5"))
+            finally:
+                commit.abandon(scratch)
             self._from_rank0 = ()
         else:
             space.preflight(self._directory, form.layout.data_end, _FILES)

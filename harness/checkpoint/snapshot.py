@@ -19,16 +19,20 @@ class Snapshot:
     buffers: dict[str, Buffer] = field(default_factory=dict)
     aliases: dict[str, str] = field(default_factory=dict)
     record: dict[str, Json] = field(default_factory=dict)
+    late: set[str] = field(default_factory=set)
+    """Leaves that only the optimizer's step changes: a lazy save may copy them until then."""
 
-    def add(self, name: str, array: Any, placement: Placement) -> None:
+    def add(self, name: str, array: Any, placement: Placement, *, late: bool = False) -> None:
+        if late:
+            self.late.add(name)
         buffer = Buffer(array, name)
         self.leaves.append(Leaf(name, buffer.dtype, buffer.shape, placement))
         self.buffers[name] = buffer
 
 
-def take_tree(value: Any, path: str, placement: Placement, snapshot: Snapshot) -> Json:
+def take_tree(value: Any, path: str, placement: Placement, snapshot: Snapshot, *, late: bool = False) -> Json:
     found: dict[str, Any] = {}
     record = encode(value, path, found)
     for name, tensor in found.items():
-        snapshot.add(name, tensor, placement)
+        snapshot.add(name, tensor, placement, late=late)
     return record

@@ -32,6 +32,7 @@ from harness.checkpoint.manifest import Manifest, render
 from harness.checkpoint.policy import Keep
 from harness.checkpoint.snapshot import Snapshot
 from harness.checkpoint.staging import Image
+from harness.errors import StorageError
 
 _PATIENCE = 2
 """Ranks wait this many times the deadline for rank 0, which may itself need all of it."""
@@ -123,9 +124,9 @@ class Writer:
             if error is None and images is not None and not elsewhere:
                 when = "when it opened the new file"
                 data = order.temporary / commit.DATA
-                self._open(data, order.form.layout.data_end)
-                when = "while it wrote its part"
-                digests = self.engine.write(data, order.form.layout, images, self.comm)
+                if self._open(data, order.form.layout.data_end):
+                    when = "while it wrote its part"
+                    digests = self.engine.write(data, order.form.layout, images, self.comm)
         except Exception as problem:
             error = problem
         told: Any = describe(error)
@@ -157,13 +158,13 @@ class Writer:
             self.opening.tell(order.number, made)
         return made
 
-    def _open(self, data: Path, size: int) -> None:
-        """Until this rank sees the file. An engine that is collective begins only where all of them do."""
+    def _open(self, data: Path, size: int) -> bool:
+        """Until this rank sees the file. A collective engine begins only where all do: False where another does not."""
         _, error = attempt(lambda: wait_for(data, size))
-        if not self.engine.background and any(self.comm.all_gather(error is not None)) and error is None:
-            raise OSError("another rank does not see the new file")
+        others = not self.engine.background and any(self.comm.all_gather(error is not None))
         if error is not None:
             raise error
+        return not others
 
     def _commit(self, order: Order, said: Mapping[int, Any], missing: list[int]) -> Json:
         """Rank 0: make it a checkpoint, or remove what was begun."""
@@ -198,8 +199,11 @@ class Writer:
         )
         text = render(manifest)
         commit.seal(order.temporary, form.layout, form.head, table, order.identity, order.step)
-        if self.lease is not None:
-            self.lease.require()
+        if self.lease is not None and not self.lease.still_mine():
+            raise StorageError(
+                f"another job has taken over {self.directory}: this one gave no sign for too long",
+                hint="let only one of them go on",
+            )
         commit.publish(order.temporary, order.final, text)
         self.good[order.final] = manifest
 

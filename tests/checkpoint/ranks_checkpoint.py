@@ -74,7 +74,9 @@ class Checks:
                 shutil.rmtree(directory, ignore_errors=True)
             self.comm.barrier()
         self.lines = []
-        return Manager(directory, self.comm, log=self.lines.append, **{"keep": keep_all(), **options})
+        return Manager(
+            directory, self.comm, log=self.lines.append, **{"keep": keep_all(), "background": False, **options}
+        )
 
     def everywhere(self, value: Any) -> list[Any]:
         return self.comm.all_gather(value)
@@ -187,7 +189,7 @@ class Checks:
             assert as_bits(restored) == as_bits(trained_state())
 
     def check_a_failure_on_one_rank_is_told_to_all(self) -> None:
-        import harness.checkpoint.manager as module
+        from harness.checkpoint import saving, writing
 
         def fail(*args: Any, **kwargs: Any) -> Any:
             raise OSError(28, "No space left on device", "somewhere")
@@ -198,17 +200,16 @@ class Checks:
         for engine in self.engines:
             manager = self.manager("failure", engine=engine)
             manager.save(1, State(**trained_state()))
-            engine_type = type(manager._engine)
-            moving = sys.modules[engine_type.__module__]
+            moving = sys.modules[type(manager.engine).__module__]
             places = [
-                (module, "take", self.comm.size - 1),
-                (module, "wait_for", self.comm.size - 1),
+                (saving, "take", self.comm.size - 1),
+                (writing, "wait_for", self.comm.size - 1),
                 (moving, "block_digests", self.comm.size - 1),
-                (module.Staging, "fill", 0),
-                (module.commit, "begin", 0),
-                (module.commit, "seal", 0),
-                (module.commit, "publish", 0),
-                (module, "render", 0),
+                (saving.Staging, "fill", 0),
+                (writing.commit, "begin", 0),
+                (writing.commit, "seal", 0),
+                (writing.commit, "publish", 0),
+                (writing, "render", 0),
             ]
             for where, name, victim in places:
                 for action, words in ((fail, "No space left on device"), (crash, "ZeroDivisionError: a bug")):
@@ -218,7 +219,7 @@ class Checks:
                     message = self.fails(SaveFailed, partial(manager.save, 2, State(**trained_state(2))))
                     setattr(where, name, original)
                     assert f"rank {victim} on" in message and words in message, message
-            left = self.everywhere(sorted(path.name for path in (self.root / "failure").iterdir()))
+            left = self.everywhere(sorted(path.name for path in (self.root / "failure").glob("step-*")))
             assert left[0] == ["step-00000001"], left
             state = big_state(seed=3)
             assert manager.restore(State(**state)) == 1
@@ -236,7 +237,7 @@ class Checks:
             state["tensors"]["odd"] = torch.zeros(3)
         message = self.fails(SaveFailed, lambda: manager.save(1, State(**state)))
         assert f"rank {last} and rank 0 hold different tensors" in message and "tensors/odd: float32[3]" in message
-        assert not (self.root / "disagree").exists() or not any((self.root / "disagree").iterdir())
+        assert not (self.root / "disagree").exists() or not any((self.root / "disagree").glob("step-*"))
 
     def check_damage_is_seen_by_all(self) -> None:
         manager = self.manager("damage")
@@ -299,13 +300,13 @@ class Checks:
                 manager.save(step, State(**state))
                 assert manager.restore(State(**state)) == step and state["extra"]["step"] == step
             manager.close()
-            names = self.everywhere(sorted(path.name for path in (self.root / "many").iterdir()))
+            names = self.everywhere(sorted(path.name for path in (self.root / "many").glob("step-*")))
             assert names[0] == ["step-00000022", "step-00000023", "step-00000024"]
 
     def check_engines(self) -> None:
         if self.comm.mpi is None:
             assert "no MPI between these ranks" in self.fails(Unavailable, lambda: self.manager("x", engine="mpio"))
-        assert self.manager("x", engine="auto")._engine.name == "direct"
+        assert self.manager("x", engine="auto").engine.name == "direct"
 
 
 def main() -> None:

@@ -57,8 +57,8 @@ def train(model: torch.nn.Module, optimizer: Any, steps: Iterator[int] | range) 
 
 
 def manager(directory: Path, **options: Any) -> Manager:
-    """A manager of one process that keeps what it says in `lines`."""
+    """A manager of one process that keeps what it says in `lines`; a save returns once it is durable."""
     lines: list[str] = []
-    made = Manager(directory, Single(), log=lines.append, **options)
+    made = Manager(directory, Single(), log=lines.append, **{"background": False, **options})
     made.lines = lines  # type: ignore[attr-defined]
     return made

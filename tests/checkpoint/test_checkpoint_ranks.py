@@ -55,7 +55,7 @@ def test_two_ranks_without_mpi(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
 def test_one_process_can_use_mpio(tmp_path: Path) -> None:
     state = big_state(seed=99)
     alone = Manager(tmp_path, Single(), engine="mpio")
-    alone.save(5, State(**trained_state()))
+    alone.save(5, State(**trained_state()), wait=True)
     assert alone.restore(State(**state)) == 5
     assert as_bits(state) == as_bits(trained_state())
 
@@ -75,7 +75,7 @@ def test_every_rank_makes_durable_what_it_wrote(
         original(descriptor)
 
     monkeypatch.setattr(os, "fdatasync", fdatasync)
-    Manager(tmp_path, Single(), engine=engine).save(5, State(extra={}))
+    Manager(tmp_path, Single(), engine=engine).save(5, State(extra={}), wait=True)
     assert [Path(path).name for path in synced] == ["data.h5"]
 
 
