@@ -15,6 +15,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
+from contextlib import suppress
 from pathlib import Path
 
 from harness.checkpoint.digest import Table
@@ -74,7 +75,8 @@ def publish(temporary: Path, final: Path, manifest: str) -> None:
 
 def abandon(temporary: Path) -> None:
     """Remove what was begun, as far as that works; a later `store.clean` gets the rest."""
-    shutil.rmtree(temporary, ignore_errors=True)
+    with suppress(OSError):  # in spite of its argument rmtree raises where a close fails
+        shutil.rmtree(temporary, ignore_errors=True)
 
 
 def user_block(uuid: str, step: int) -> bytes:

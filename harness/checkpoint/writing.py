@@ -201,8 +201,8 @@ class Writer:
         commit.seal(order.temporary, form.layout, form.head, table, order.identity, order.step)
         if self.lease is not None and not self.lease.still_mine():
             raise StorageError(
-                f"another job has taken over {self.directory}: this one gave no sign for too long",
-                hint="let only one of them go on",
+                f"it cannot be read who may save into {self.directory}, or another job has taken that over",
+                hint="only one job at a time saves into a directory",
             )
         commit.publish(order.temporary, order.final, text)
         self.good[order.final] = manifest

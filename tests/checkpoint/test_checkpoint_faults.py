@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import errno
 import os
+import re
 import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -114,7 +115,7 @@ def test_any_call_that_fails(number: int, keep: int, tmp_path: Path) -> None:
             except SaveFailed as error:
                 saved = False
                 assert "the checkpoint of step 2 was not saved" in str(error)
-                assert os.strerror(number) in str(error) or "cannot be read" in str(error), error
+                assert os.strerror(number) in str(error) or re.search("cannot be read", str(error)), error
         step, found = restored(directory)
         assert step in (1, 2) and same(found, arrays(int(step))), f"call {at}: {layer.log[at]}"
         assert step == 2 or not saved, f"call {at}: {layer.log[at]}: a save that returned is there"
@@ -299,13 +300,13 @@ def test_a_full_file_system(tmp_path: Path) -> None:
             saver.save(1, State(arrays=small))
             with pytest.raises(SaveFailed, match="bytes are needed"):
                 saver.save(2, State(arrays={"a": np.zeros(1_000_000)}))
-            disk_usage, shutil.disk_usage = shutil.disk_usage, lambda path: type("", (), {"free": 1 << 40})  # type: ignore
+            preflight, module.preflight = module.preflight, lambda *_: None
             try:  # somebody else takes the space meanwhile
                 with pytest.raises(SaveFailed, match="No space left on device"):
                     saver.save(2, State(arrays={"a": np.ones(1_000_000)}))
             finally:
-                shutil.disk_usage = disk_usage
-            assert [path.name for path in (directory / "c").iterdir()] == ["step-00000001"]
+                module.preflight = preflight
+            assert [path.name for path in (directory / "c").glob("step-*")] == ["step-00000001"]
             saver.save(3, State(arrays=small))
         finally:
             module.SPARE = spare
