@@ -159,6 +159,7 @@ def build(config: Config, run: RunDir, attempt: int, world: World, clock: Clock)
             comm=world.comm,
             keep=keep_last(config.checkpoint.keep),
             engine=config.checkpoint.engine,
+            background=False,
             log=sinks.say,
         ),
     )
