@@ -1,4 +1,4 @@
-"""The `harness` command: run, show, check, schema. Parsing and order only; the work is in the other modules.
+"""The `harness` command: run, show, check, schema, ckpt. Parsing and order only; the work is in the other modules.
 
 What a command needs is imported when it runs, so that `harness --help` answers at once.
 
@@ -18,6 +18,8 @@ from typing import Annotated
 import typer
 from typer import BadParameter, TyperException
 
+from launch.ckpt import app as ckpt
+
 LAUNCHERS = ("auto", "mpirun", "horovodrun", "srun", "local")
 
 app = typer.Typer(
@@ -28,6 +30,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
+app.add_typer(ckpt, name="ckpt")
 
 
 def _launcher(value: str | None) -> str | None:
@@ -206,3 +209,7 @@ def _flags(ranks: int | None, hosts: str | None, hostfile: Path | None, launcher
     flags += [f"launch.hostfile={hostfile}", "launch.hosts=null"] if hostfile is not None else []
     flags += [f"launch.launcher={launcher}"] if launcher is not None else []
     return flags
+
+
+if __name__ == "__main__":
+    main()

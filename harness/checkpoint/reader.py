@@ -14,7 +14,7 @@ import os
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
-from typing import Any
+from typing import Any, TypeAlias
 
 import numpy as np
 import numpy.typing as npt
@@ -29,6 +29,7 @@ from harness.checkpoint.store import Damaged, check, open_data, read_table
 from harness.checkpoint.tensors import Buffer, Bytes
 from harness.errors import InputMissing, InternalError, UsageError
 
+Array: TypeAlias = "npt.NDArray[Any]"
 SEGMENT = 32 << 20
 """Bytes that are read, checked and sent to the other ranks at a time."""
 _NAMED = 20
@@ -99,18 +100,20 @@ class Checkpoint:
             row = leaf.nbytes // leaf.shape[0] if leaf.shape[0] else 0
             start, stop = first * row, max(first, last) * row
         data = np.empty(stop - start, np.uint8)
-        layout = self.manifest.layout
-        base = int(layout.starts[index]) + start
-        damaged: list[int] = []
-        for first_block, last_block in self._cut(base, base + len(data)):
-            lo, hi = layout.block_range(first_block)[0], layout.block_range(last_block - 1)[1]
-            buffer = np.empty(hi - lo, np.uint8)
-            damaged += self._read(first_block, last_block, buffer)
-            begin, end = max(lo, base), min(hi, base + len(data))
-            data[begin - base : end - base] = buffer[begin - lo : end - lo]
-        if damaged:
-            raise Damaged(f"{self.path / DATA}: {name} is damaged", proven=True)
+        for at, part in self._parts(index, start, stop, SEGMENT):
+            data[at - start : at - start + len(part)] = part
         return _as_numpy(data, leaf.dtype).reshape(shape)
+
+    def chunks(self, name: str, lo: int = 0, hi: int | None = None, *, most: int = 8 << 20) -> Iterator[Array]:
+        """Elements [lo, hi) of a tensor in row-major order, flat, in arrays of at most about `most` bytes.
+
+        dtypes as `read`; an array is good until the next one is asked for. Raises InputMissing, Damaged.
+        """
+        index = self._find(name)
+        leaf = self.manifest.layout.leaves[index]
+        size = leaf.itemsize
+        for _, part in self._parts(index, lo * size, leaf.nbytes if hi is None else hi * size, most):
+            yield _as_numpy(part, leaf.dtype)
 
     def verify(self) -> list[str]:
         """Read everything. Returns the names of damaged tensors. Raises Damaged where the file cannot be read."""
@@ -140,11 +143,25 @@ class Checkpoint:
             raise InputMissing(f"the checkpoint {self.path} holds no {name!r}")
         return index
 
-    def _cut(self, lo: int, hi: int) -> Iterator[tuple[int, int]]:
+    def _parts(self, index: int, start: int, stop: int, most: int) -> Iterator[tuple[int, Bytes]]:
+        """Bytes [start, stop) of a leaf, checked, in parts (position in the leaf, bytes). Raises Damaged."""
+        layout = self.manifest.layout
+        base = int(layout.starts[index])
+        buffer = np.empty(0, np.uint8)
+        for first, last in self._cut(base + start, base + stop, most):
+            lo, hi = layout.block_range(first)[0], layout.block_range(last - 1)[1]
+            if len(buffer) < hi - lo:
+                buffer = np.empty(hi - lo, np.uint8)
+            if self._read(first, last, buffer[: hi - lo]):
+                raise Damaged(f"{self.path / DATA}: {layout.leaves[index].name} is damaged", proven=True)
+            begin, end = max(lo, base + start), min(hi, base + stop)
+            yield begin - base, buffer[begin - lo : end - lo]
+
+    def _cut(self, lo: int, hi: int, most: int = SEGMENT) -> Iterator[tuple[int, int]]:
         """File bytes [lo, hi) as runs of blocks of at most a segment."""
         layout = self.manifest.layout
         first, last = (lo - layout.data_start) // layout.block, -(-(hi - layout.data_start) // layout.block)
-        step = max(1, SEGMENT // layout.block)
+        step = max(1, most // layout.block)
         for block in range(first, last, step) if hi > lo else ():
             yield block, min(block + step, last)
 
