@@ -27,7 +27,11 @@ if TYPE_CHECKING:
     from harness.checkpoint.tensors import Buffer
 
 IMAGE = 16 << 20
-"""Bytes of an image, at the most (or one block, where blocks are larger)."""
+"""Bytes of an image where a rank's part is not large."""
+LARGE_IMAGE = 64 << 20
+"""Bytes of an image at the most. Fewer, larger writes are about a fifth faster around the page cache."""
+IMAGES_WANTED = 8
+"""A part gives at least so many images before they become larger than IMAGE: several threads share them."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -57,12 +61,12 @@ class Staging:
         self._images: list[Image] = []
 
     def prepare(self, layout: Layout, plan: Plan) -> list[Image]:
-        """Memory for the plan's blocks, in images of at most IMAGE bytes, in file order; zeros between tensors.
+        """Memory for the plan's blocks, in images of at most LARGE_IMAGE bytes, in file order; zeros between tensors.
 
         What is not yet filled is undefined. Raises MemoryError.
         """
         if layout is self._layout and plan == self._plan:
-            return self._images
+            return list(self._images)
         self._layout = None
         self._images, self._runs, needed = [], [], 0
         for first, last in plan.runs:
@@ -78,12 +82,12 @@ class Staging:
             self._memory[at + done - lo : at + hi - lo] = 0
         runs = iter(self._runs)
         lo = hi = at = 0
-        for block, begin, end in plan.ranges(layout, IMAGE):
+        for block, begin, end in plan.ranges(layout, min(LARGE_IMAGE, max(IMAGE, needed // IMAGES_WANTED))):
             while not lo <= begin < hi:
                 lo, hi, at = next(runs)
             self._images.append(Image(block, begin, self._memory[at + begin - lo : at + end - lo]))
         self._layout, self._plan = layout, plan
-        return self._images
+        return list(self._images)
 
     def fill(self, buffers: Sequence[Buffer], leaves: Collection[int] | None = None) -> None:
         """Copy the bytes of these leaves that lie in the plan's blocks; None: of all that every rank holds whole.

@@ -65,6 +65,9 @@ class Checks:
     def __init__(self, comm: Comm, root: Path) -> None:
         self.comm, self.root = comm, root
         self.engines: list[EngineName] = ["direct"] if comm.mpi is None else ["direct", "mpio"]
+        self.all_engines: list[EngineName] = [*self.engines]
+        if comm.mpi is not None:
+            self.all_engines.append("mpio-collective")
         self.lines: list[str] = []
 
     def manager(self, name: str, *, fresh: bool = True, **options: Any) -> Manager:
@@ -104,7 +107,7 @@ class Checks:
         original = uuid.uuid4
         uuid.uuid4 = lambda: uuid.UUID(int=7)  # type: ignore[assignment]
         try:
-            for engine in self.engines:
+            for engine in self.all_engines:
                 manager = self.manager(f"saved-by-{self.comm.size}-{engine}", engine=engine)
                 path = manager.save(5, State(**trained_state()))
                 if self.comm.rank == 0:
@@ -197,7 +200,7 @@ class Checks:
         def crash(*args: Any, **kwargs: Any) -> Any:
             raise ZeroDivisionError("a bug")
 
-        for engine in self.engines:
+        for engine in self.all_engines:
             manager = self.manager("failure", engine=engine)
             manager.save(1, State(**trained_state()))
             moving = sys.modules[type(manager.engine).__module__]
