@@ -51,9 +51,18 @@ def train(model: torch.nn.Module, optimizer: Any, steps: Iterator[int] | range) 
     """Some steps, each determined by its number alone."""
     for step in steps:
         words = torch.randint(0, 11, (8,), generator=torch.Generator().manual_seed(step))
-        optimizer.zero_grad()
-        torch.nn.functional.cross_entropy(model(words), words.roll(1)).backward()
-        optimizer.step()
+
+        def closure(words: torch.Tensor = words) -> torch.Tensor:
+            optimizer.zero_grad()
+            loss = torch.nn.functional.cross_entropy(model(words), words.roll(1))
+            loss.backward()
+            return loss
+
+        if "LBFGS" in type(optimizer).__name__:
+            optimizer.step(closure)
+        else:
+            closure()
+            optimizer.step()
 
 
 def manager(directory: Path, **options: Any) -> Manager:

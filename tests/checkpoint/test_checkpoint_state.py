@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -20,24 +19,40 @@ from harness.checkpoint.tree import complete, decode, encode
 from harness.errors import DataError
 
 OPTIMIZERS: dict[str, Any] = {
-    "gd": lambda p: torch.optim.SGD(p, lr=0.1),
-    "sgd": lambda p: torch.optim.SGD(p, lr=0.1, weight_decay=0.01),
-    "momentum": lambda p: torch.optim.SGD(p, lr=0.1, momentum=0.9),
-    "nesterov": lambda p: torch.optim.SGD(p, lr=0.1, momentum=0.9, nesterov=True),
-    "adagrad": lambda p: torch.optim.Adagrad(p, lr=0.1),
-    "rmsprop": lambda p: torch.optim.RMSprop(p, lr=0.01, momentum=0.9, centered=True),
-    "adam": lambda p: torch.optim.Adam(p, lr=0.01, amsgrad=True),
-    "adamw": lambda p: torch.optim.AdamW(p, lr=0.01),
-    "adamw fused": lambda p: torch.optim.AdamW(p, lr=0.01, fused=True),
-    "adam, lr a tensor": lambda p: torch.optim.Adam(p, lr=torch.tensor(0.01)),
-    "adadelta": lambda p: torch.optim.Adadelta(p),
-    "adamax": lambda p: torch.optim.Adamax(p),
-    "nadam": lambda p: torch.optim.NAdam(p),
-    "radam": lambda p: torch.optim.RAdam(p),
-    "asgd": lambda p: torch.optim.ASGD(p),
-    "rprop": lambda p: torch.optim.Rprop(p),
-    "adafactor": lambda p: torch.optim.Adafactor(p),
+    "SGD": lambda p: torch.optim.SGD(p, lr=0.1),
+    "SGD, decay": lambda p: torch.optim.SGD(p, lr=0.1, weight_decay=0.01),
+    "SGD, momentum": lambda p: torch.optim.SGD(p, lr=0.1, momentum=0.9, dampening=0.1),
+    "SGD, nesterov, maximize": lambda p: torch.optim.SGD(p, lr=0.01, momentum=0.9, nesterov=True, maximize=True),
+    "SGD, fused": lambda p: torch.optim.SGD(p, lr=0.1, momentum=0.9, fused=True),
+    "SGD, foreach": lambda p: torch.optim.SGD(p, lr=0.1, momentum=0.9, foreach=True),
+    "Adagrad": lambda p: torch.optim.Adagrad(p, lr=0.1, lr_decay=0.1),
+    "Adagrad, fused": lambda p: torch.optim.Adagrad(p, lr=0.1, fused=True),
+    "RMSprop": lambda p: torch.optim.RMSprop(p, lr=0.01, momentum=0.9, centered=True),
+    "Adam": lambda p: torch.optim.Adam(p, lr=0.01, amsgrad=True),
+    "Adam, fused, amsgrad": lambda p: torch.optim.Adam(p, lr=0.01, amsgrad=True, fused=True),
+    "Adam, foreach": lambda p: torch.optim.Adam(p, lr=0.01, foreach=True),
+    "Adam, lr a tensor": lambda p: torch.optim.Adam(p, lr=torch.tensor(0.01)),
+    "Adam, betas tensors": lambda p: torch.optim.Adam(p, lr=0.01, betas=(torch.tensor(0.9), torch.tensor(0.99))),
+    "AdamW": lambda p: torch.optim.AdamW(p, lr=0.01),
+    "AdamW, fused": lambda p: torch.optim.AdamW(p, lr=0.01, fused=True),
+    "Adadelta": lambda p: torch.optim.Adadelta(p),
+    "Adamax": lambda p: torch.optim.Adamax(p),
+    "NAdam": lambda p: torch.optim.NAdam(p, decoupled_weight_decay=True, weight_decay=0.1),
+    "RAdam": lambda p: torch.optim.RAdam(p),
+    "ASGD": lambda p: torch.optim.ASGD(p, t0=2.0),
+    "Rprop": lambda p: torch.optim.Rprop(p),
+    "Adafactor": lambda p: torch.optim.Adafactor(p),
+    "LBFGS": lambda p: torch.optim.LBFGS(p, lr=0.1, max_iter=3, history_size=2),
+    "LBFGS, line search": lambda p: torch.optim.LBFGS(p, max_iter=3, line_search_fn="strong_wolfe"),
+    "Muon": lambda p: torch.optim.Muon([parameter for parameter in p if parameter.ndim == 2], lr=0.01),
 }
+ELSEWHERE = {"SparseAdam"}
+"""Tested with sparse gradients, below."""
+
+
+def test_all_optimizers_of_torch_are_tested() -> None:
+    found = {name for name, kind in vars(torch.optim).items() if isinstance(kind, type) and name != "Optimizer"}
+    assert found == {name.partition(",")[0] for name in OPTIMIZERS} | ELSEWHERE
 
 
 @pytest.mark.parametrize("name", OPTIMIZERS)
@@ -59,6 +74,70 @@ def test_training_goes_on_as_if_it_had_never_stopped(name: str, tmp_path: Path) 
     train(second, resumed, range(4, 9))
     assert bits(second.state_dict()) == bits(whole.state_dict())
     assert bits(resumed.state_dict()) == bits(straight.state_dict())
+
+
+def test_flags_that_need_a_gpu_come_back(tmp_path: Path) -> None:
+    """capturable and differentiable do not run on a CPU; the state and the flags are those of any other."""
+    model = Net()
+    optimizer = torch.optim.Adam(model.parameters())
+    train(model, optimizer, range(2))
+    optimizer.param_groups[0] |= {"capturable": True, "differentiable": True}
+    manager(tmp_path).save(2, State(model=model, optimizer=optimizer))
+    second = torch.optim.Adam(model.parameters())
+    manager(tmp_path).restore(State(model=model, optimizer=second))
+    assert bits(second.state_dict()) == bits(optimizer.state_dict())
+    assert second.param_groups[0]["capturable"] is True
+
+
+def test_an_added_group_is_refused(tmp_path: Path) -> None:
+    model = Net()
+    optimizer = torch.optim.Adam(model.hidden.parameters())
+    train(model, optimizer, range(1))
+    manager(tmp_path).save(1, State(model=model, optimizer=optimizer))
+    optimizer.add_param_group({"params": [*model.norm.parameters()]})
+    with pytest.raises(DataError, match=r"missing from the checkpoint: optimizer: norm\.weight"):
+        manager(tmp_path).restore(State(model=model, optimizer=optimizer))
+
+
+def test_the_order_counts_for_lbfgs_only(tmp_path: Path) -> None:
+    model = Net()
+    optimizer = torch.optim.LBFGS(model.parameters(), max_iter=2)
+    train(model, optimizer, range(2))
+    manager(tmp_path).save(1, State(model=model, optimizer=optimizer))
+    turned = torch.optim.LBFGS([*model.parameters()][::-1], max_iter=2)
+    with pytest.raises(DataError, match="an LBFGS, whose state depends on the order of the parameters"):
+        manager(tmp_path).restore(State(model=model, optimizer=turned))
+
+
+def test_names_given_to_the_optimizer_stay_its_own(tmp_path: Path) -> None:
+    """torch keeps names beside the parameters of a group: they belong to their order, which may be another."""
+    model = Net()
+    named = [*model.named_parameters()]
+    optimizer = torch.optim.Adam(named)
+    train(model, optimizer, range(2))
+    manager(tmp_path).save(2, State(model=model, optimizer=optimizer))
+    second = torch.optim.Adam(named[::-1])
+    manager(tmp_path).restore(State(model=model, optimizer=second))
+    assert second.param_groups[0]["param_names"] == [name for name, _ in named][::-1]
+    assert bits(second.state[model.hidden.weight]) == bits(optimizer.state[model.hidden.weight])
+
+
+def test_names_of_parameters_do_not_depend_on_what_else_is_saved(tmp_path: Path) -> None:
+    model = Net()
+    optimizer = torch.optim.Adam(model.parameters())
+    train(model, optimizer, range(2))
+    average = torch.optim.swa_utils.AveragedModel(model)
+    manager(tmp_path).save(2, State(model=model, optimizer=optimizer, average=average))
+    other = Net(seed=1)
+    second = torch.optim.Adam(other.parameters())
+    manager(tmp_path).restore(State(model=other, optimizer=second), partial=True)
+    assert bits(second.state_dict()) == bits(optimizer.state_dict())
+
+    both = torch.optim.SGD([*model.parameters(), *other.parameters()], lr=0.1, momentum=0.9)
+    path = manager(tmp_path / "both").save(1, State(a=model, b=other, optimizer=both))
+    with open_checkpoint(path) as checkpoint:
+        record: Any = checkpoint.manifest.state["optimizer"]
+    assert record["groups"][0]["params"][0] == "a.embedding.weight" and record["class"] == "SGD"
 
 
 @pytest.mark.parametrize("used", [False, True], ids=["fresh optimizer", "used optimizer"])
@@ -155,30 +234,129 @@ def test_several_models_and_optimizers(tmp_path: Path) -> None:
         assert bits(second[name].state_dict()) == bits(first[name].state_dict()), name
 
 
-def test_schedulers_and_other_holders_of_state(tmp_path: Path) -> None:
-    def make() -> dict[str, Any]:
-        model = torch.nn.Linear(2, 2)
-        optimizer = torch.optim.SGD(model.parameters(), lr=1.0)
+class Warmup:
+    """A rule of learning rates that is an object: torch stores its attributes."""
+
+    def __init__(self, steps: int) -> None:
+        self.steps = steps
+
+    def __call__(self, step: int) -> float:
+        return min(1.0, (step + 1) / self.steps)
+
+
+lr = torch.optim.lr_scheduler
+SCHEDULERS: dict[str, Any] = {
+    "LambdaLR": lambda o, n: lr.LambdaLR(o, [Warmup(n), lambda step: 0.9**step]),
+    "MultiplicativeLR": lambda o, n: lr.MultiplicativeLR(o, lambda step: 0.9),
+    "StepLR": lambda o, n: lr.StepLR(o, n, gamma=0.5),
+    "MultiStepLR": lambda o, n: lr.MultiStepLR(o, [2, 2, n]),
+    "ConstantLR": lambda o, n: lr.ConstantLR(o, 0.5, n),
+    "LinearLR": lambda o, n: lr.LinearLR(o, 0.1, 1.0, n),
+    "ExponentialLR": lambda o, n: lr.ExponentialLR(o, 0.9),
+    "PolynomialLR": lambda o, n: lr.PolynomialLR(o, n, 2.0),
+    "CosineAnnealingLR": lambda o, n: lr.CosineAnnealingLR(o, n, 0.01),
+    "CosineAnnealingWarmRestarts": lambda o, n: lr.CosineAnnealingWarmRestarts(o, 3, 2),
+    "CyclicLR": lambda o, n: lr.CyclicLR(o, 0.1, 0.5, step_size_up=n, mode="exp_range", gamma=0.9),
+    "CyclicLR, own function": lambda o, n: lr.CyclicLR(o, 0.1, 0.5, n, scale_fn=lambda x: 0.5**x),
+    "OneCycleLR": lambda o, n: lr.OneCycleLR(o, 0.5, total_steps=2 * n),
+    "ReduceLROnPlateau": lambda o, n: lr.ReduceLROnPlateau(o, patience=1, cooldown=1, factor=0.5),
+    "SequentialLR": lambda o, n: lr.SequentialLR(
+        o, [lr.LinearLR(o, 0.1, 1.0, 3), lr.CosineAnnealingLR(o, n), lr.LambdaLR(o, Warmup(n))], [3, 6]
+    ),
+    "ChainedScheduler": lambda o, n: lr.ChainedScheduler([lr.StepLR(o, 3), lr.ExponentialLR(o, 0.9)], o),
+    "SWALR": lambda o, n: torch.optim.swa_utils.SWALR(o, 0.01, anneal_epochs=n),
+}
+
+
+def test_all_schedulers_of_torch_are_tested() -> None:
+    found = {
+        name
+        for name, kind in vars(lr).items()
+        if isinstance(kind, type) and issubclass(kind, lr.LRScheduler) and not name.endswith("LRScheduler")
+    }
+    assert found | {"SWALR"} == {name.partition(",")[0] for name in SCHEDULERS}
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning")  # torch's own, about its SequentialLR
+@pytest.mark.parametrize("name", SCHEDULERS)
+def test_learning_rates_go_on_as_if_they_had_never_stopped(name: str, tmp_path: Path) -> None:
+    def make(length: int) -> dict[str, Any]:
+        model = Net()
+        groups = [{"params": model.hidden.parameters()}, {"params": model.norm.parameters(), "lr": 0.2}]
+        optimizer = torch.optim.SGD(groups, lr=0.4, momentum=0.9)
+        return {"model": model, "optimizer": optimizer, "scheduler": SCHEDULERS[name](optimizer, length)}
+
+    def steps(state: dict[str, Any], numbers: range) -> list[Any]:
+        rates = []
+        for number in numbers:
+            train(state["model"], state["optimizer"], range(number, number + 1))
+            arguments = (1.0,) if isinstance(state["scheduler"], lr.ReduceLROnPlateau) else ()
+            state["scheduler"].step(*arguments)
+            rates.append([group["lr"] for group in state["optimizer"].param_groups])
+        return rates
+
+    whole, first = make(5), make(5)
+    rates = steps(whole, range(10))
+    assert len({tuple(rate) for rate in rates}) > 1 and rates[:4] == steps(first, range(4))
+    manager(tmp_path).save(4, State(**first))
+    second = make(8)  # another setting than what was saved
+    manager(tmp_path).restore(State(**second))
+    assert steps(second, range(4, 10)) == rates[4:]
+    assert bits(second["model"].state_dict()) == bits(whole["model"].state_dict())
+    assert repr(second["scheduler"].state_dict()) == repr(whole["scheduler"].state_dict())
+
+
+class Loader:
+    """Like a data loader that can say where it is: nested state with numbers, text and arrays."""
+
+    def __init__(self) -> None:
+        self.position = {"epoch": 0, "batch": 0, "order": np.arange(5)}
+
+    def __iter__(self) -> Any:
+        while self.position["batch"] < 5:
+            self.position["batch"] += 1
+            yield int(self.position["order"][self.position["batch"] - 1])
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"position": dict(self.position), "workers": (1, "fork"), None: b"raw"}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        assert state["workers"] == (1, "fork") and state[None] == b"raw"
+        self.position = state["position"]
+
+
+def test_scalers_averages_loaders_and_other_holders_of_state(tmp_path: Path) -> None:
+    def make(seed: int) -> dict[str, Any]:
+        model = Net(seed)
         return {
             "model": model,
-            "optimizer": optimizer,
-            "steps": torch.optim.lr_scheduler.MultiStepLR(optimizer, [2, 2, 5]),
-            "cosine": torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, 10),
-            "scaler": torch.amp.GradScaler("cpu", init_scale=8.0),
+            "scaler": torch.amp.GradScaler("cpu", init_scale=8.0, growth_interval=2),
+            "average": torch.optim.swa_utils.AveragedModel(
+                model, multi_avg_fn=torch.optim.swa_utils.get_ema_multi_avg_fn(0.9), use_buffers=True
+            ),
+            "ema": {name: tensor.detach().clone() for name, tensor in model.named_parameters()},
+            "loader": Loader(),
         }
 
-    first, second = make(), make()
-    for _ in range(3):
-        first["optimizer"].step()
-        first["steps"].step()
-        first["cosine"].step()
-    first["scaler"].scale(torch.ones(1))
+    first, second = make(0), make(1)
+    optimizer = torch.optim.SGD(first["model"].parameters(), lr=0.1)
+    for number in range(3):
+        loss = first["model"](torch.tensor([number, 1, 2])).square().mean()
+        first["scaler"].scale(loss).backward()
+        first["scaler"].step(optimizer)
+        first["scaler"].update()
+        first["average"].update_parameters(first["model"])
+    first["loader"].position["order"] = np.array([3, 1, 4, 0, 2])
+    ahead = iter(first["loader"])
+    assert [next(ahead), next(ahead)] == [3, 1]
     manager(tmp_path).save(3, State(**first))
+    assert [*ahead] == [4, 0, 2]
     manager(tmp_path).restore(State(**second))
-    for name in ("steps", "cosine", "scaler"):
-        assert second[name].state_dict() == first[name].state_dict(), name
-    assert second["optimizer"].param_groups[0]["lr"] == first["optimizer"].param_groups[0]["lr"]
-    assert isinstance(second["steps"].milestones, Counter)
+    assert second["scaler"].state_dict() == first["scaler"].state_dict() and first["scaler"].get_scale() == 16.0
+    assert bits(second["average"].state_dict()) == bits(first["average"].state_dict())
+    assert second["average"].n_averaged == 3
+    assert bits(second["ema"]) == bits(first["ema"])
+    assert [*second["loader"]] == [4, 0, 2]
 
 
 @pytest.mark.parametrize("dtype", sorted(ITEMSIZE))
