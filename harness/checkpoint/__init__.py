@@ -20,6 +20,7 @@ from __future__ import annotations
 from harness.checkpoint.agree import SaveFailed
 from harness.checkpoint.comm import Comm, Horovod, Mpi, Single, detect
 from harness.checkpoint.manager import Manager
+from harness.checkpoint.partial import Partial
 from harness.checkpoint.policy import (
     Keep,
     When,
@@ -32,6 +33,7 @@ from harness.checkpoint.policy import (
     on_stop,
 )
 from harness.checkpoint.reader import Checkpoint, open_checkpoint
+from harness.checkpoint.rng import Rng
 from harness.checkpoint.state import State
 from harness.checkpoint.store import Damaged, latest
 
@@ -43,6 +45,8 @@ __all__ = [
     "Keep",
     "Manager",
     "Mpi",
+    "Partial",
+    "Rng",
     "SaveFailed",
     "Single",
     "State",
