@@ -21,8 +21,8 @@ from harness.checkpoint.convert.names import unescape
 from harness.checkpoint.convert.tensor import Read, Source, Tensor, Wanted, checked_shape, pieces
 from harness.checkpoint.file import hdf5_type, write_all
 from harness.checkpoint.layout import LARGE, PAGE
-from harness.checkpoint.plan import boxes
 from harness.checkpoint.schema import ITEMSIZE
+from harness.checkpoint.shards import boxes
 from harness.checkpoint.tensors import Bytes
 from harness.errors import DataError
 

@@ -5,11 +5,11 @@ chosen = choose(source, only=["model/*"], strip=None)       # "model/fc.weight" 
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from fnmatch import fnmatchcase
 
+from harness.checkpoint import schema
 from harness.checkpoint.convert.tensor import Source, Tensor
 from harness.errors import DataError, InputMissing
 
@@ -17,19 +17,12 @@ _SHOWN = 5
 
 
 def unescape(path: str) -> str:
-    """What `schema.escape` made a path from; the separators of its components stay.
+    """What `schema.escape` made the components of a path from; the separators between them stay.
 
     >>> unescape("a%2Fb/%2E%2E/100%25")
     'a/b/../100%'
     """
-    return "/".join("" if part == "%" else _ESCAPED.sub(_character, part) for part in path.split("/"))
-
-
-_ESCAPED = re.compile("%(25|2F|00|2E)")
-
-
-def _character(found: re.Match[str]) -> str:
-    return chr(int(found[1], 16))
+    return "/".join(map(schema.unescape, path.split("/")))
 
 
 def choose(

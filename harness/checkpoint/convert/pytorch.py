@@ -19,8 +19,8 @@ import numpy as np
 from harness.checkpoint.convert import archive
 from harness.checkpoint.convert.inputs import Input
 from harness.checkpoint.convert.tensor import Read, Source, Tensor, Wanted, checked_shape, pieces
-from harness.checkpoint.plan import boxes
 from harness.checkpoint.schema import ITEMSIZE
+from harness.checkpoint.shards import boxes
 from harness.checkpoint.tensors import Bytes
 from harness.errors import DataError, UsageError
 

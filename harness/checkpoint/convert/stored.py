@@ -27,7 +27,9 @@ def read_checkpoint(checkpoint: Checkpoint) -> Source:
     small, large = _Window(checkpoint, blocks), _Window(checkpoint, blocks)
     layout = checkpoint.manifest.layout
     tensors = [
-        Tensor(leaf.name, leaf.dtype, leaf.shape, partial((small if leaf.nbytes < LARGE else large).read, leaf.name, start))
+        Tensor(
+            leaf.name, leaf.dtype, leaf.shape, partial((small if leaf.nbytes < LARGE else large).read, leaf.name, start)
+        )
         for leaf, start in zip(layout.leaves, layout.starts.tolist(), strict=True)
     ]
     return Source(tensors, dict(checkpoint.manifest.aliases), files=files)

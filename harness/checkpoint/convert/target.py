@@ -8,13 +8,13 @@ with target("model.safetensors", force=True) as temporary:
 from __future__ import annotations
 
 import os
-import shutil
 import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 from harness.checkpoint.commit import sync_directory
+from harness.checkpoint.space import explain, preflight
 from harness.errors import InputMissing, StorageError, UsageError
 
 
@@ -26,10 +26,9 @@ def target(path: Path, size: int, *, force: bool) -> Iterator[Path]:
     StorageError where it cannot be written.
     """
     _check(path, force)
-    if (free := shutil.disk_usage(path.parent).free) < size:
-        raise StorageError(f"{path} needs {size} bytes, {free} are free", hint="free some space, or write elsewhere")
     temporary = path.with_name(f"{path.name}.tmp-{uuid.uuid4().hex[:12]}")
     try:
+        preflight(path.parent, size, files=1)
         yield temporary
         descriptor = os.open(temporary, os.O_RDONLY | os.O_CLOEXEC)
         try:
@@ -40,7 +39,8 @@ def target(path: Path, size: int, *, force: bool) -> Iterator[Path]:
         os.rename(temporary, path)
         sync_directory(path.parent)
     except OSError as error:
-        raise StorageError(f"{path} could not be written: {error.strerror or error}") from error
+        what, hint = explain(error) or (error.strerror or str(error), None)
+        raise StorageError(f"{path} was not written: {what}", hint=hint) from error
     finally:
         temporary.unlink(missing_ok=True)
 

@@ -7,7 +7,6 @@ the file as they are read, in the order of the file; layout, digests and commit 
 from __future__ import annotations
 
 import os
-import shutil
 import time
 import uuid
 from collections.abc import Mapping, Sequence
@@ -22,11 +21,11 @@ from harness.checkpoint.convert.tensor import PIECE, Tensor
 from harness.checkpoint.digest import Table, block_digests, root
 from harness.checkpoint.file import fit_head, write_all
 from harness.checkpoint.layout import Layout, lay_out
+from harness.checkpoint.lease import Lease
 from harness.checkpoint.manifest import Manifest, render
 from harness.checkpoint.schema import Leaf, check_schema
+from harness.checkpoint.space import explain, preflight
 from harness.errors import DataError, StorageError
-
-_SPARE = 16 << 20
 
 
 def write_checkpoint(
@@ -40,17 +39,14 @@ def write_checkpoint(
     """Commit a checkpoint into `directory`, which is made where it is not there. Returns its path.
 
     Names are those of leaves. `state`: its entries, as in the manifest. Raises DataError, StorageError; then there is
-    no new checkpoint, and the others are as they were.
+    no new checkpoint, and the others are as they were. Raises InUse where a job saves there.
     """
     leaves = [Leaf(tensor.name, tensor.dtype, tensor.shape) for tensor in tensors]
     check_schema([*leaves, *(Leaf(name, "bool", ()) for name in aliases)])
     layout = lay_out(leaves)
+    lease = Lease.acquire(directory)
     try:
-        commit.make_directories(directory)
-        if (free := shutil.disk_usage(directory).free) < layout.data_end + _SPARE:
-            raise StorageError(
-                f"{layout.data_end + _SPARE} bytes are needed in {directory}, {free} are free", hint="free some space"
-            )
+        preflight(directory, layout.data_end)
         name, identity = store.new_name(directory, step), uuid.uuid4().hex
         temporary = directory / f"{name}{commit.TEMPORARY}{identity}"
         temporary.mkdir()
@@ -70,13 +66,18 @@ def write_checkpoint(
                 state=dict(state),
                 info=dict(info),
             )
+            if not lease.still_mine():
+                raise StorageError(f"another program took over {directory} meanwhile; nothing was imported")
             commit.seal(temporary, layout, head, table, identity, step)
             commit.publish(temporary, directory / name, render(manifest))
         except BaseException:
             commit.abandon(temporary)
             raise
     except OSError as error:
-        raise StorageError(f"nothing was imported into {directory}: {error.strerror or error}") from error
+        what, hint = explain(error) or (error.strerror or str(error), None)
+        raise StorageError(f"nothing was imported into {directory}: {what}", hint=hint) from error
+    finally:
+        lease.release()
     return directory / name
 
 
