@@ -109,17 +109,30 @@ def gather_holders(layout: Layout, parts: Mapping[int, Part], comm: Comm) -> Hol
     if per_rank := [index for index in parted if layout.leaves[index].placement == "per_rank"]:
         found.add_rows(per_rank)
     if len(per_rank) < len(parted):
-        mine = _described(layout, parts)
-        marks: list[Any] = comm.all_gather({entry: xxhash.xxh3_128_hexdigest(data) for entry, data in mine.items()})
-        alike: dict[tuple[str, str], list[int]] = {}
-        for rank, marked in enumerate(marks):
-            for entry, mark in marked.items():
-                alike.setdefault((entry, mark), []).append(rank)
-        speaks = [entry for (entry, _), ranks in alike.items() if ranks[0] == comm.rank]
-        told: list[Any] = comm.all_gather({entry: base64.b64encode(mine[entry]).decode() for entry in speaks})
-        for (entry, _), ranks in alike.items():
-            found.add(np.frombuffer(base64.b64decode(told[ranks[0]][entry]), np.int64), ranks)
+        for _, told, ranks in gather_alike(_described(layout, parts), comm):
+            found.add(told, ranks)
     return found.holders()
+
+
+def gather_alike(mine: Mapping[str, bytes], comm: Comm) -> list[tuple[str, Offsets, list[int]]]:
+    """(key, what is said, ranks): what ranks say about themselves, once for all that say the same. Collective.
+
+    `mine`: by key, int64. What several ranks say alike is sent by one of them, what all say by none.
+    """
+    marks: list[Any] = comm.all_gather({key: xxhash.xxh3_128_hexdigest(data) for key, data in mine.items()})
+    alike: dict[tuple[str, str], list[int]] = {}
+    for rank, marked in enumerate(marks):
+        for key, mark in marked.items():
+            alike.setdefault((key, mark), []).append(rank)
+    told: list[Any] = []
+    if any(len(ranks) < comm.size for ranks in alike.values()):
+        speaks = [key for (key, _), ranks in alike.items() if ranks[0] == comm.rank and len(ranks) < comm.size]
+        told = comm.all_gather({key: base64.b64encode(mine[key]).decode() for key in speaks})
+    found = []
+    for (key, _), ranks in alike.items():
+        data = mine[key] if len(ranks) == comm.size else base64.b64decode(told[ranks[0]][key])
+        found.append((key, np.frombuffer(data, np.int64), ranks))
+    return found
 
 
 def _described(layout: Layout, parts: Mapping[int, Part]) -> dict[str, bytes]:
@@ -179,7 +192,7 @@ class _Found:
         """Cells and groups, once everything has been added. Raises DataError where cells do not tile their leaves."""
         self._align()
         self._require_all()
-        groups = _Groups(self.patterns)
+        groups = Groups(self.patterns)
         columns: list[tuple[Offsets, ...]] = []
         numbers: list[Offsets] = []
         used = 0
@@ -271,7 +284,7 @@ class _Found:
         )
 
 
-class _Groups:
+class Groups:
     """Sets of ranks, each once."""
 
     def __init__(self, patterns: list[Offsets]) -> None:

@@ -26,7 +26,8 @@ from harness.checkpoint.file import read_all
 from harness.checkpoint.manifest import Manifest
 from harness.checkpoint.schema import Leaf
 from harness.checkpoint.store import Damaged, check, open_data, read_table
-from harness.checkpoint.tensors import Buffer, Bytes
+from harness.checkpoint.tensors import Bytes
+from harness.checkpoint.wanted import Sink, gather_wanted, wanted_blocks
 from harness.errors import InputMissing, InternalError, UsageError
 
 Array: TypeAlias = "npt.NDArray[Any]"
@@ -177,33 +178,22 @@ def open_checkpoint(path: str | os.PathLike[str]) -> Checkpoint:
     return Checkpoint(Path(path))
 
 
-def load(path: Path, manifest: Manifest, sinks: Mapping[str, Sequence[Buffer]], comm: Comm) -> None:
-    """Fill the sinks, by leaf name, from a checkpoint. Collective.
+def load(path: Path, manifest: Manifest, sinks: Mapping[str, Sequence[Sink]], comm: Comm) -> None:
+    """Fill the sinks, by leaf name, from a checkpoint. Collective; ranks may have different sinks.
 
-    With MPI each rank reads and checks its share and the ranks exchange, so that each byte leaves the file system once;
-    without, every rank reads all. Raises Damaged, on all ranks alike, naming the damaged tensors; the sinks may then be
-    partly filled.
+    With MPI, what several ranks want (`gather_wanted`) is read and checked by them in shares and exchanged, so that
+    each byte leaves the file system once; without, every rank reads what it wants. Raises Damaged, on all ranks alike,
+    naming the damaged tensors; the sinks may then be partly filled.
     """
-    layout = manifest.layout
-    index = [number for number, leaf in enumerate(layout.leaves) if leaf.name in sinks]
-    segments = _segments(layout.blocks_of(index), layout.block, comm.size)
-    exchange = comm.mpi is not None and comm.size > 1
     reading = _Reading(path, manifest, sinks)
     try:
-        for start in range(0, len(segments), comm.size if exchange else 1):
-            if not exchange:
-                reading.fetch(*segments[start])
-                if reading.good:
-                    reading.deliver(*segments[start], reading.buffer(*segments[start]))
-                continue
-            together = segments[start : start + comm.size]
-            if comm.rank < len(together):
-                reading.fetch(*together[comm.rank])
-            if all(np.array(_gather_flags(comm.mpi, reading.good))):
-                for owner, segment in enumerate(together):
-                    buffer = reading.buffer(*segment, received=owner != comm.rank)
-                    comm.mpi.Bcast(buffer, root=owner)  # type: ignore[union-attr]
-                    reading.deliver(*segment, buffer)
+        if comm.mpi is not None and comm.size > 1:
+            for ranks, blocks in gather_wanted(manifest.layout, sinks, comm):
+                _read_together(reading, blocks, ranks, comm.mpi)
+        for segment in _segments(reading.wanted, manifest.layout.block, 1):
+            reading.fetch(*segment)
+            if reading.good:
+                reading.deliver(*segment, reading.buffer(*segment))
         verdicts: list[Any] = comm.all_gather(reading.verdict())
     finally:
         reading.close()
@@ -219,11 +209,34 @@ def load(path: Path, manifest: Manifest, sinks: Mapping[str, Sequence[Buffer]], 
         raise Damaged(unreadable)
 
 
-class _Reading:
-    """One rank's part of `load`. Errors are kept until all ranks can hear of them."""
+def _read_together(reading: _Reading, blocks: npt.NDArray[np.bool_], ranks: Sequence[int], world: Any) -> None:
+    """Some ranks read the blocks that all of them want: each a share, which it sends to the others."""
+    some = len(ranks) < world.Get_size()
+    mpi = world.Create_group(world.Get_group().Incl(ranks)) if some else world
+    size, rank = mpi.Get_size(), mpi.Get_rank()
+    segments = _segments(blocks, reading.layout.block, size)
+    for start in range(0, len(segments), size):
+        together = segments[start : start + size]
+        if rank < len(together):
+            reading.fetch(*together[rank])
+        if all(_gather_flags(mpi, reading.good)):
+            for owner, segment in enumerate(together):
+                buffer = reading.buffer(*segment, received=owner != rank)
+                mpi.Bcast(buffer, root=owner)
+                reading.deliver(*segment, buffer)
+    if some:
+        mpi.Free()
 
-    def __init__(self, path: Path, manifest: Manifest, sinks: Mapping[str, Sequence[Buffer]]) -> None:
-        self._layout, self._sinks, self._path = manifest.layout, sinks, path
+
+class _Reading:
+    """One rank's part of `load`. Errors are kept until all ranks can hear of them.
+
+    `wanted`: the blocks with bytes for the sinks that have not been delivered yet, bool[blocks].
+    """
+
+    def __init__(self, path: Path, manifest: Manifest, sinks: Mapping[str, Sequence[Sink]]) -> None:
+        self.layout, self._sinks, self._path = manifest.layout, sinks, path
+        self.wanted = wanted_blocks(self.layout, sinks)
         self._damaged: list[int] = []
         self._unreadable: str | None = None
         self._failed: str | None = None
@@ -249,7 +262,7 @@ class _Reading:
 
     def buffer(self, first: int, last: int, received: bool = False) -> Bytes:
         """Memory for these blocks: of what this rank read, or of what it received."""
-        size = self._layout.block_range(last - 1)[1] - self._layout.block_range(first)[0]
+        size = self.layout.block_range(last - 1)[1] - self.layout.block_range(first)[0]
         if received:
             if len(self._others) < size:
                 self._others = np.empty(size, np.uint8)
@@ -259,14 +272,17 @@ class _Reading:
         return self._own[:size]
 
     def deliver(self, first: int, last: int, data: Bytes) -> None:
-        """Hand the blocks' bytes to the sinks they belong to."""
-        lo, hi = self._layout.block_range(first)[0], self._layout.block_range(last - 1)[1]
+        """Hand the blocks' bytes to the sinks they belong to, each block once."""
+        base = self.layout.block_range(first)[0]
         try:
-            for piece in self._layout.pieces(lo, hi):
-                for sink in self._sinks.get(self._layout.leaves[piece.leaf].name, ()):
-                    sink.write(piece.lo, data[piece.offset - lo : piece.offset - lo + piece.hi - piece.lo])
+            for begin, end in _runs(first + np.flatnonzero(self.wanted[first:last])):
+                lo, hi = self.layout.block_range(begin)[0], self.layout.block_range(end - 1)[1]
+                for piece in self.layout.pieces(lo, hi):
+                    for sink in self._sinks.get(self.layout.leaves[piece.leaf].name, ()):
+                        sink.write(piece.lo, data[piece.offset - base : piece.offset - base + piece.hi - piece.lo])
         except Exception as error:
             self._failed = self._failed or f"{type(error).__name__}: {error}"
+        self.wanted[first:last] = False
 
     def verdict(self) -> dict[str, Any]:
         names = self._blocks.names(self._damaged) if self._blocks is not None else []
@@ -283,9 +299,12 @@ def _segments(needed: npt.NDArray[np.bool_], block: int, ranks: int) -> list[tup
     """The needed blocks as runs [first, last): at most SEGMENT bytes each, and enough of them to share."""
     numbers = np.flatnonzero(needed)
     step = max(1, min(SEGMENT // block, -(-len(numbers) // ranks)))
+    return [(at, min(at + step, last)) for first, last in _runs(numbers) for at in range(first, last, step)]
+
+
+def _runs(numbers: npt.NDArray[np.int64]) -> list[tuple[int, int]]:
     breaks = np.flatnonzero(np.diff(numbers) != 1) + 1
-    runs = [(int(run[0]), int(run[-1]) + 1) for run in np.split(numbers, breaks) if len(run)]
-    return [(at, min(at + step, last)) for first, last in runs for at in range(first, last, step)]
+    return [(int(run[0]), int(run[-1]) + 1) for run in np.split(numbers, breaks) if len(run)]
 
 
 def _gather_flags(mpi: Any, flag: bool) -> list[bool]:

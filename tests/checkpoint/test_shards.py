@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import math
+import tempfile
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -12,14 +14,18 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from threads import Thread, World
 
+from harness.checkpoint import Manager, Single, State
 from harness.checkpoint import exchange as exchange_module
 from harness.checkpoint.exchange import exchange
 from harness.checkpoint.holders import Holders, gather_holders
 from harness.checkpoint.layout import Layout, lay_out
+from harness.checkpoint.manifest import Manifest
 from harness.checkpoint.plan import Plan, level, make_plan
+from harness.checkpoint.reader import Blocks, load
 from harness.checkpoint.schema import Leaf
 from harness.checkpoint.shards import Box, Flat, Region, cuts, extent
 from harness.checkpoint.staging import Staging
+from harness.checkpoint.store import Damaged, check
 from harness.checkpoint.tensors import Buffer, Part
 from harness.checkpoint.tiling import first_fault
 from harness.errors import DataError
@@ -379,3 +385,93 @@ def test_a_rank_that_cannot_read_keeps_nobody_waiting() -> None:
     with pytest.raises(TypeError, match="not callable"):
         world.run(one)
     assert world.errors[0] is None and isinstance(world.errors[1], TypeError)
+
+
+# Restoring
+
+
+def whole_checkpoint(tree: Tree, directory: Path) -> tuple[Path, Manifest]:
+    """The tree's tensors, saved by one process as whole ones."""
+    entries: dict[str, dict[str, Any]] = {}
+    for name, value in tree.values.items():
+        entry, _, key = name.partition("/")
+        entries.setdefault(entry, {})[key] = value
+    path = Manager(directory, Single(), log=print).save(1, State(**entries))
+    return path, check(path)[0]
+
+
+def restore(tree: Tree, path: Path, manifest: Manifest, size: int, odd: bool = False) -> None:
+    """All ranks restore their parts, and must get the right bits."""
+    World(size).run(lambda comm: restore_one(tree, path, manifest, comm, odd))
+
+
+def restore_one(tree: Tree, path: Path, manifest: Manifest, comm: Thread, odd: bool = False) -> None:
+    parts, arrays = {}, {}
+    for leaf in tree.leaves:
+        region = tree.regions[leaf.name][comm.rank] if leaf.name in tree.regions else None
+        value = tree.values[leaf.name]
+        live = np.zeros_like(value if region is None else take(value, region))
+        live = np.zeros_like(live.T).T if odd else live  # not contiguous
+        arrays[leaf.name] = live
+        parts[leaf.name] = [Buffer(live) if region is None else Part(live, region)]
+    load(path, manifest, parts, comm)
+    for name, array in arrays.items():
+        expected = tree.values[name]
+        expected = take(expected, tree.regions[name][comm.rank]) if name in tree.regions else expected
+        assert array.tobytes() == expected.tobytes(), name
+
+
+@given(st.data(), st.integers(1, 5), st.booleans())
+@settings(max_examples=60, deadline=None)
+def test_any_parts_are_restored_from_whole_tensors(data: st.DataObject, size: int, odd: bool) -> None:
+    tree = data.draw(trees(size))
+    with tempfile.TemporaryDirectory() as directory:
+        restore(tree, *whole_checkpoint(tree, Path(directory)), size, odd)
+
+
+def reads(tree: Tree, directory: Path, size: int, monkeypatch: pytest.MonkeyPatch) -> tuple[int, int]:
+    """How many blocks all ranks read together in a restore, and how many there are."""
+    path, manifest = whole_checkpoint(tree, directory)
+    found: list[int] = []
+    original = Blocks.read
+
+    def read(self: Blocks, first: int, last: int, buffer: Any) -> list[int]:
+        found.append(last - first)
+        return original(self, first, last, buffer)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Blocks, "read", read)
+        restore(tree, path, manifest, size)
+    return sum(found), manifest.layout.blocks
+
+
+def test_each_byte_leaves_the_file_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    size, shape = 4, (512, 128)
+    kinds: dict[str, list[Region]] = {
+        "rows": [Box(shape, (128 * rank, 0), (128, 128)) for rank in range(size)],
+        "two replicas of rows": [Box(shape, (256 * (rank % 2), 0), (256, 128)) for rank in range(size)],
+        "two replicas of columns": [Box(shape, (0, 64 * (rank % 2)), (512, 64)) for rank in range(size)],
+        "whole": [],
+    }
+    for kind, held in kinds.items():
+        read, blocks = reads(model(size, "sharded", held, shape), tmp_path / kind, size, monkeypatch)
+        assert read == blocks, kind
+    marks = [0, 16000, 32000, 48000, 65536]
+    flat: list[Region] = [Flat(shape, marks[rank], marks[rank + 1]) for rank in range(size)]
+    read, blocks = reads(model(size, "sharded", flat, shape), tmp_path / "flat", size, monkeypatch)
+    assert blocks < read <= blocks + 3, "only blocks in which two parts meet are read twice"
+
+
+def test_damage_is_seen_by_all_whoever_reads(tmp_path: Path) -> None:
+    size, shape = 4, (512, 128)
+    held: list[Region] = [Box(shape, (256 * (rank % 2), 0), (256, 128)) for rank in range(size)]
+    tree = model(size, "sharded", held, shape, count=2)
+    path, manifest = whole_checkpoint(tree, tmp_path)
+    data = bytearray((path / "data.h5").read_bytes())
+    data[-5000] ^= 1
+    (path / "data.h5").write_bytes(data)
+    world = World(size)
+    with pytest.raises(Damaged, match=r"damaged: model/1$"):
+        world.run(lambda comm: restore_one(tree, path, manifest, comm))
+    assert {type(error) for error in world.errors} == {Damaged}
+    assert len({str(error) for error in world.errors}) == 1

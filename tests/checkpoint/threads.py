@@ -14,25 +14,61 @@ PATIENCE = 20
 
 
 class Thread:
-    """A `Comm`, and what `exchange` uses of an MPI communicator."""
+    """A `Comm`, and what checkpoints use of an MPI communicator."""
 
     def __init__(self, rank: int, world: World) -> None:
         self.rank, self.size, self._world = rank, world.size, world
         self.mpi: Any = self
         self.bytes = 0
+        self._made: dict[tuple[int, ...], int] = {}
 
     def all_gather(self, value: Any) -> list[Any]:
-        self._world.slots[self.rank] = json.dumps(value)
-        self._world.barrier.wait(PATIENCE)
-        everything = [json.loads(text) for text in self._world.slots]
-        self._world.barrier.wait(PATIENCE)
-        return everything
+        return [json.loads(text) for text in self._share(json.dumps(value))]
 
     def broadcast(self, value: Any) -> Any:
         return self.all_gather(value)[0]
 
     def barrier(self) -> None:
         self.all_gather(None)
+
+    # MPI
+
+    def Get_size(self) -> int:
+        return self.size
+
+    def Get_rank(self) -> int:
+        return self.rank
+
+    def Get_group(self) -> Thread:
+        return self
+
+    def Incl(self, ranks: Any) -> tuple[int, ...]:
+        return tuple(ranks)
+
+    def Create_group(self, ranks: tuple[int, ...]) -> Thread:
+        with self._world.lock:
+            number = self._made.setdefault(ranks, 0)
+            self._made[ranks] += 1
+            world = self._world.parts.setdefault((*ranks, number), World(len(ranks)))
+        return Thread(ranks.index(self.rank), world)
+
+    def Free(self) -> None:
+        pass
+
+    def Bcast(self, data: Any, root: int) -> None:
+        found = self._share(np.array(data))[root]
+        assert len(found) == len(data)
+        data[:] = found
+
+    def Allgather(self, data: Any, found: Any) -> None:
+        found[:] = np.concatenate(self._share(np.array(data)))
+
+    def _share(self, value: Any) -> list[Any]:
+        self._world.slots[self.rank] = value
+        self._world.barrier.wait(PATIENCE)
+        everything = list(self._world.slots)
+        self._world.barrier.wait(PATIENCE)
+        return everything
 
     def Isend(self, data: Any, dest: int, tag: int) -> Any:
         assert dest != self.rank
@@ -62,7 +98,9 @@ class World:
 
     def __init__(self, size: int) -> None:
         self.size = size
-        self.slots = [""] * size
+        self.slots: list[Any] = [None] * size
+        self.lock = threading.Lock()
+        self.parts: dict[tuple[int, ...], World] = {}
         self.barrier = threading.Barrier(size)
         self.letters = {(a, b): queue.Queue() for a in range(size) for b in range(size)}  # type: ignore[var-annotated]
         self.errors: list[BaseException | None] = [None] * size
