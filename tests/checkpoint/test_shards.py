@@ -396,7 +396,9 @@ def whole_checkpoint(tree: Tree, directory: Path) -> tuple[Path, Manifest]:
     for name, value in tree.values.items():
         entry, _, key = name.partition("/")
         entries.setdefault(entry, {})[key] = value
-    path = Manager(directory, Single(), log=print).save(1, State(**entries))
+    with Manager(directory, Single(), background=False, log=print) as manager:
+        path = manager.save(1, State(**entries))
+    assert path is not None
     return path, check(path)[0]
 
 
