@@ -13,8 +13,9 @@ from harness.checkpoint import store
 from harness.checkpoint.agree import describe
 from harness.checkpoint.comm import Comm, Json
 from harness.checkpoint.manifest import Manifest, NewerVersion, parse
+from harness.checkpoint.partial import Partial
 from harness.checkpoint.reader import load
-from harness.checkpoint.restoring import Restore
+from harness.checkpoint.restoring import Report, Restore
 from harness.checkpoint.select import select
 from harness.checkpoint.state import State, complain, prepare
 from harness.errors import DataError, HarnessError, InputMissing, StorageError, UsageError
@@ -27,8 +28,10 @@ class Loader:
 
     def __init__(self, directory: Path, comm: Comm, good: dict[Path, Manifest], log: Callable[[str], None]) -> None:
         self._directory, self._comm, self._good, self._log = directory, comm, good, log
+        self.report = Report()
+        """What the last restore kept, left out and converted."""
 
-    def newest(self, state: State, partial: Any) -> Manifest | None:
+    def newest(self, state: State, partial: Partial | None) -> Manifest | None:
         """Restore the newest good checkpoint; None where there is none. Collective. Raises DataError."""
         rejected = 0
         candidates, unreadable = self._candidates()
@@ -54,7 +57,7 @@ class Loader:
                 continue
             return manifest
 
-    def chosen(self, which: Which, state: State, partial: Any) -> Manifest:
+    def chosen(self, which: Which, state: State, partial: Partial | None) -> Manifest:
         """Restore the one that the user names. Collective. Raises InputMissing, DataError."""
         said: dict[str, Any] = {}
         if self._comm.rank == 0:
@@ -97,7 +100,7 @@ class Loader:
             return {"error": None, "rejected": rejected, "name": stored.path.name, "manifest": text}
         return {"error": None, "rejected": rejected, "marked": store.count_damaged(self._directory), "name": None}
 
-    def _load(self, path: Path, manifest: Manifest, state: State, partial: Any) -> None:
+    def _load(self, path: Path, manifest: Manifest, state: State, partial: Partial | None) -> None:
         restore = Restore()
         problem: Json = None
         try:
@@ -119,6 +122,9 @@ class Loader:
         for rank, found in enumerate(self._comm.all_gather(problem)):
             if isinstance(found, dict):
                 raise DataError(f"{path} could not be handed over on rank {rank}: {found['message']}")
+        self.report = restore.report
+        if not restore.report.complete:
+            self._log(f"{path.name}: {restore.report}")
 
     def _reject(self, path: Path, error: HarnessError | OSError) -> None:
         if self._comm.rank != 0:

@@ -29,7 +29,9 @@ from harness.checkpoint.asked import Asked
 from harness.checkpoint.comm import Comm, Json, detect
 from harness.checkpoint.engines import EngineName, choose
 from harness.checkpoint.loading import Loader
+from harness.checkpoint.partial import Partial
 from harness.checkpoint.policy import Keep, When, keep_last
+from harness.checkpoint.restoring import Report
 from harness.checkpoint.saving import Saver
 from harness.checkpoint.state import State
 from harness.checkpoint.writing import Outcome
@@ -91,6 +93,8 @@ class Manager:
         )
         self._asked = Asked(self.directory, self.comm, self._when)
         self._hooked: weakref.WeakSet[Any] = weakref.WeakSet()
+        self.report = Report()
+        """What the last restore did with each tensor."""
         self._failure: SaveFailed | None = None
         self._last: tuple[int, State, Mapping[str, float] | None] | None = None
         self._last_saved: int | None = None
@@ -153,12 +157,12 @@ class Manager:
         self._saver.claim()
         self._flush()
 
-    def restore(self, state: State, which: int | str = "latest", *, partial: Any = False) -> int | None:
+    def restore(self, state: State, which: int | str = "latest", *, partial: Partial | None = None) -> int | None:
         """Bring the state to that of a checkpoint; returns its step, None where there is none.
 
         which: "latest" is the newest that is good: one that is damaged is passed over for the one before, and a line
         says so. A step, a tag, "best:METRIC" or "best:METRIC:max" name one checkpoint, which must be good.
-        partial: see `partial.Partial`; by default all must fit.
+        partial: a `Partial`, see there; by default all must fit. `report` then says what was kept, left out, converted.
 
         Raises DataError, on all ranks alike, where the checkpoint does not fit the state (which is then unchanged) or
         where none of several is good; InputMissing where the one that is named does not exist.
@@ -166,6 +170,7 @@ class Manager:
         self._end(wait=True)
         loader = Loader(self.directory, self.comm, self._saver.good, self._log)
         found = loader.newest(state, partial) if which == "latest" else loader.chosen(which, state, partial)
+        self.report = loader.report
         return None if found is None else found.step
 
     def close(self) -> None:

@@ -95,12 +95,3 @@ class Partial:
 
 EXACT = Partial()
 """All of the checkpoint into all of the state."""
-
-
-def beyond(entries: Sequence[str]) -> Partial:
-    """All that these entries name: what the checkpoint holds beside them is left out."""
-    return Partial(only=[f"{_literal(entry)}/*" for entry in entries])
-
-
-def _literal(text: str) -> str:
-    return re.sub(r"([*?[])", r"[\1]", text)

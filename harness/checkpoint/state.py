@@ -19,7 +19,7 @@ from harness.checkpoint.comm import Json
 from harness.checkpoint.manifest import Manifest
 from harness.checkpoint.modules import parameter_names, prepare_module, take_module, tensors_of
 from harness.checkpoint.optimizers import prepare_optimizer, take_optimizer
-from harness.checkpoint.partial import EXACT, Partial, beyond
+from harness.checkpoint.partial import EXACT, Partial
 from harness.checkpoint.restoring import Restore, Source, maker, matched
 from harness.checkpoint.schema import check_schema, escape, unescape
 from harness.checkpoint.snapshot import Snapshot, take_tree
@@ -71,17 +71,15 @@ def take(state: State) -> Snapshot:
     return snapshot
 
 
-def prepare(state: State, manifest: Manifest, *, partial: Partial | bool | None = None) -> Restore:
+def prepare(state: State, manifest: Manifest, *, partial: Partial | None = None) -> Restore:
     """Where the leaves of a checkpoint go in this state. Changes nothing yet.
 
-    `partial`: None for all of the checkpoint into all of the state; True leaves out what the checkpoint holds beyond
-    the state's entries. Everything that does not fit is listed in `problems`; what is kept, left out or converted, in
-    `report`. All that can be checked without reading a tensor is checked here: names, shapes, dtypes, kinds, groups of
-    optimizers, all JSON. After it, two things can still leave a state half restored: damage that is found while the
-    tensors are read, and a `load_state_dict` or `set_extra_state` that refuses the values it gets.
+    `partial`: None for all of the checkpoint into all of the state. Everything that does not fit is listed in
+    `problems`; what is kept, left out or converted, in `report`. All that can be checked without reading a tensor is
+    checked here: names, shapes, dtypes, kinds, groups of optimizers, all JSON. After it, two things can still leave a
+    state half restored: damage that is found while the tensors are read, and a `load_state_dict` or `set_extra_state`
+    that refuses the values it gets.
     """
-    if isinstance(partial, bool):
-        partial = beyond(list(state.entries)) if partial else None
     restore = Restore(EXACT if partial is None else partial)
     source = Source(manifest, restore.partial, restore.report)
     names = parameter_names(_modules(state))
