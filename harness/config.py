@@ -183,11 +183,21 @@ class Checkpoint(Section):
     """Checkpoints of the run, in `<run_dir>/checkpoints`."""
 
     every: Positive | None = None
-    """Steps between checkpoints; unset: at the end and on a stop only."""
-    keep: Positive = 3
-    """How many of the newest are kept."""
-    engine: Literal["auto", "mpio", "direct"] = "auto"
-    """How bytes reach the file: h5py's MPI-IO driver, plain positioned writes, or whichever fits here."""
+    """Steps between checkpoints; unset: `interval` alone counts, and one is made at the end and on a stop."""
+    interval: Duration | None = None
+    """Time between checkpoints, as 15m, looked at every `log.every` steps; comes beside `every`."""
+    keep: Positive | str = 3
+    """How many of the newest are kept, or rules: `last 3 | every 1000 | best accuracy 2 max`. Tagged ones always."""
+    mode: Literal["background", "lazy", "wait"] = "background"
+    """Training goes on once the state is copied; lazy: the next update waits for that; wait: until it is durable."""
+    busy: Literal["skip", "wait"] = "skip"
+    """What a checkpoint does that is due while the one before is still being written."""
+    engine: Literal["auto", "direct", "mpio", "mpio-collective"] = "auto"
+    """How bytes reach the file: plain positioned writes, h5py's MPI-IO driver, or whichever fits here."""
+    timeout: Duration = 600.0
+    """How long a save waits for a rank before it names it and is given up."""
+    check_replicas: Count = 10
+    """At the first checkpoint and every n-th: are all ranks' parameters and optimizer states the same? 0: never."""
     resume: bool = True
     """Go on from the newest valid checkpoint of the run directory."""
 

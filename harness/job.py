@@ -25,7 +25,7 @@ from harness.optim import make_optimizer, peak_lr
 from harness.order import Order
 from harness.rundir import RunDir
 from harness.sinks import Sinks, open_sinks
-from harness.stop import StopRequest
+from harness.stop import SaveRequest, StopRequest
 from harness.task import Task, make_task
 from harness.update import Update
 from harness.world import World
@@ -53,6 +53,7 @@ class Job:
     world: World
     clock: Clock
     stop: StopRequest
+    request: SaveRequest
     sinks: Sinks
     task: Task
     model: torch.nn.Module
@@ -65,6 +66,8 @@ class Job:
     ema: Ema | None
     manager: Manager
     progress: Progress = field(default_factory=Progress)
+    evaluated: dict[str, float] = field(default_factory=dict)
+    """What the last evaluation found (`progress.evaluated` is its step)."""
 
     def state(self, extra: dict[str, Any]) -> State:
         """What a checkpoint holds; restoring puts what `extra()` saved into `extra`."""
@@ -101,6 +104,7 @@ def build(config: Config, run: RunDir, attempt: int, world: World, clock: Clock)
     torch.use_deterministic_algorithms(config.train.deterministic)
     torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined] # costs time and only hides reads of unset memory
     torch.backends.cudnn.benchmark = not config.train.deterministic
+    settings = config.checkpoint
     plan = plan_batch(global_batch=config.train.global_batch, ranks=world.size, micro_batch=config.train.micro_batch)
     seed_generators(config.seed)  # a task may split or make its data at random: all ranks alike, at every start
     task = make_task(config.task.name, config.task.args)
@@ -126,6 +130,7 @@ def build(config: Config, run: RunDir, attempt: int, world: World, clock: Clock)
         world=world,
         clock=clock,
         stop=StopRequest(run.stop if world.is_root else None),
+        request=SaveRequest(run.save if world.is_root else None, config.checkpoint.interval),
         sinks=sinks,
         task=task,
         model=model,
@@ -157,10 +162,17 @@ def build(config: Config, run: RunDir, attempt: int, world: World, clock: Clock)
         manager=Manager(
             run.checkpoints,
             comm=world.comm,
-            keep=keep_last(config.checkpoint.keep),
-            engine=config.checkpoint.engine,
-            background=False,
+            keep=keep_last(settings.keep) if isinstance(settings.keep, int) else keep_rule(settings.keep),
+            engine=settings.engine,
+            background=settings.mode != "wait",
+            lazy=settings.mode == "lazy",
+            busy=settings.busy,
+            timeout=settings.timeout,
+            check_replicas=settings.check_replicas,
             log=sinks.say,
+            saved=lambda outcome: sinks.record(
+                "checkpoint", outcome.step, path=str(outcome.path), seconds=outcome.seconds, waited=outcome.waited
+            ),
         ),
     )
 

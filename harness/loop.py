@@ -6,7 +6,7 @@ for each step:
     communication -> update
     every log.every steps:        one small collective: loss, times, "was anyone asked to stop?"
     every eval.every steps:       evaluate on all ranks; stop early?
-    every checkpoint.every steps: save
+    every checkpoint.every steps (or checkpoint.interval, or when asked): save, behind training
     asked to stop:                save, leave with exit code 75
 evaluate, save, export
 """
@@ -41,6 +41,7 @@ def train(job: Job) -> None:
         job.sinks.say(f"{job.run.root} is finished: nothing to train after step {first}; a higher {more} goes on")
         finish(job, started)
         return
+    job.manager.claim()
     job.sinks.say(describe(job))
     meter, skipped = Meter(), 0
     # an evaluation that a stop left out
@@ -76,19 +77,20 @@ def train(job: Job) -> None:
             else:
                 skipped = 0
             last = done == job.steps
-            stop = False
+            stop = wished = False
             if due(done, job.config.log.every) or last:
-                interval = meter.exchange(job.world, job.clock, stop=job.stop.wanted())
-                stop = interval.stop and not last
+                interval = meter.exchange(job.world, job.clock, stop=job.stop.wanted(), save=job.request.wanted())
+                stop, wished = interval.stop and not last, interval.save
+                job.manager.poll()
                 tell(job, interval, done, result, lr_factor, first, started)
             if due(done, job.config.eval.every) and not stop and not last and run_evaluation(job, done):
                 break
-            if due(done, job.config.checkpoint.every) and not stop and not last:
+            if (wished or due(done, job.config.checkpoint.every)) and not stop and not last:
                 try_to_save(job, done)
             if stop:
-                save(job, done)
+                save(job, done, wait=True)
                 raise Stopped(f"stopped at step {done} of {job.steps}, state saved")
-    save(job, job.progress.step)  # before anything of the task that may fail
+    save(job, job.progress.step, wait=True)  # before anything of the task that may fail
     finish(job, started)
 
 
@@ -97,6 +99,8 @@ def finish(job: Job, started: float) -> None:
     done = job.progress.step
     if job.progress.evaluated != done:
         run_evaluation(job, done)
+        if "best" in str(job.config.checkpoint.keep):  # the one that was saved before it does not know how good it is
+            save(job, done, wait=True)
     if job.world.is_root and (line := export(job)) is not None:
         job.sinks.say(line)
     job.sinks.record("state", done, state="finished", summary=f"{done} steps")
@@ -166,13 +170,13 @@ def try_to_save(job: Job, done: int) -> None:
         job.sinks.say(f"warning: no checkpoint at step {done}: {error}")
 
 
-def save(job: Job, done: int) -> None:
-    """Write a checkpoint. Collective; raises StorageError on all ranks alike."""
+def save(job: Job, done: int, *, wait: bool | None = None) -> None:
+    """Make a checkpoint; `wait`: until it is durable. Collective; raises StorageError on all ranks alike."""
     with job.clock("checkpoint"):
-        began = time.perf_counter()
+        job.request.granted()
         job.world.broadcast_tensors(job.model.named_buffers(), "save/buffers")
-        path = job.manager.save(done, job.state(job.extra()))
-        job.sinks.record("checkpoint", done, path=str(path), seconds=time.perf_counter() - began)
+        metrics = job.evaluated if job.progress.evaluated == done else None
+        job.manager.save(done, job.state(job.extra()), metrics, wait=wait)
 
 
 def run_evaluation(job: Job, done: int) -> bool:
@@ -180,6 +184,8 @@ def run_evaluation(job: Job, done: int) -> bool:
     job.progress.evaluated = done
     with job.clock("evaluation"):
         metrics = evaluate(job)
+    job.evaluated.clear()
+    job.evaluated.update(metrics)
     if metrics:
         job.sinks.record("eval", done, **metrics)
     rule = job.config.eval.stop

@@ -32,6 +32,8 @@ class Interval:
     """That rank's own work divided by the mean of all ranks."""
     stop: bool
     """Some rank was asked to stop."""
+    save: bool
+    """Some rank was asked for a checkpoint."""
 
 
 class Meter:
@@ -47,27 +49,29 @@ class Meter:
         self.loss = loss.double() if self.loss is None else self.loss + loss
         self.steps += 1
 
-    def exchange(self, world: World, clock: Clock, *, stop: bool) -> Interval:
-        """Combine all ranks' sums and begin anew. Collective: one allgather of 9 numbers per rank."""
+    def exchange(self, world: World, clock: Clock, *, stop: bool, save: bool) -> Interval:
+        """Combine all ranks' sums and begin anew. Collective: one allgather of 10 numbers per rank."""
         loss = float("nan") if self.loss is None else float(self.loss)
         taken = clock.take()
         steps = max(self.steps, 1)
-        table = world.exchange([stop, loss, self.steps, *(taken.get(name, 0.0) for name in SECTIONS)], "log/interval")
+        mine = [stop, save, loss, self.steps, *(taken.get(name, 0.0) for name in SECTIONS)]
+        table = world.exchange(mine, "log/interval")
         seconds = time.perf_counter() - self.begin
         self.loss, self.steps, self.begin = None, 0, time.perf_counter()
         return summarize(table, seconds, steps)
 
 
 def summarize(table: np.ndarray, seconds: float, steps: int) -> Interval:
-    """The view of all ranks. Pure. `table`: float64 [ranks, 3 + sections]: stop, sum of losses, steps, seconds."""
-    times = table[:, 3:]
+    """The view of all ranks. Pure. `table`: float64 [ranks, 4 + sections]: stop, save, losses, steps, seconds."""
+    times = table[:, 4:]
     own = times[:, [SECTIONS.index(name) for name in OWN_WORK]].sum(axis=1)
     mean = float(own.mean())
     return Interval(
-        loss=float(table[:, 1].mean() / steps),
+        loss=float(table[:, 2].mean() / steps),
         seconds=seconds,
         sections={name: float(column.mean()) / steps for name, column in zip(SECTIONS, times.T, strict=True)},
         slowest=int(own.argmax()),
         slowdown=float(own.max()) / mean if mean > 0 else 1.0,
         stop=bool(table[:, 0].any()),
+        save=bool(table[:, 1].any()),
     )

@@ -7,6 +7,7 @@ RUN/config.yaml            the frozen config: `harness run RUN` goes on with it
     metrics.jsonl          one line per log interval, evaluation and event
     checkpoints/           see `harness.checkpoint`
     stop                   when this file appears, the run saves its state and stops
+    save                   when this file appears, the run makes a checkpoint and removes it
     attempts/0001/         one per start of the run
         command.json       what was started, where, with what environment
         logs/rank-0.log    everything each rank printed
@@ -90,6 +91,10 @@ class RunDir:
     @property
     def stop(self) -> Path:
         return self.root / "stop"
+
+    @property
+    def save(self) -> Path:
+        return self.root / "save"
 
     def attempt(self, number: int) -> Attempt:
         return Attempt(self.root / "attempts" / f"{number:04d}")
