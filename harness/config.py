@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 
 from harness.units import Duration, Size
 
@@ -21,6 +21,19 @@ Count = Annotated[int, Field(ge=0)]
 Fraction = Annotated[float, Field(ge=0, le=1)]
 PositiveFloat = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 NonNegative = Annotated[float, Field(ge=0, allow_inf_nan=False)]
+
+
+def _keep_rule(value: object) -> object:
+    from harness.checkpoint.rules import keep_rule
+
+    text = f"last {value}" if type(value) is int else value
+    if isinstance(text, str):
+        keep_rule(text)
+    return text
+
+
+KeepRule = Annotated[str, BeforeValidator(_keep_rule)]
+"""Checked where it is written; a number n is `last n`."""
 
 
 class Section(BaseModel):
@@ -186,13 +199,13 @@ class Checkpoint(Section):
     """Steps between checkpoints; unset: `interval` alone counts, and one is made at the end and on a stop."""
     interval: Duration | None = None
     """Time between checkpoints, as 15m, looked at every `log.every` steps; comes beside `every`."""
-    keep: Positive | str = 3
-    """How many of the newest are kept, or rules: `last 3 | every 1000 | best accuracy 2 max`. Tagged ones always."""
+    keep: KeepRule = "last 3"
+    """Which are kept, as rules: `last 3 | every 1000 | best accuracy 2 max`. Tagged ones are, in any case."""
     mode: Literal["background", "lazy", "wait"] = "background"
     """Training goes on once the state is copied; lazy: the next update waits for that; wait: until it is durable."""
     busy: Literal["skip", "wait"] = "skip"
     """What a checkpoint does that is due while the one before is still being written."""
-    engine: Literal["auto", "direct", "mpio", "mpio-collective"] = "auto"
+    engine: Literal["auto", "direct", "mpio"] = "auto"
     """How bytes reach the file: plain positioned writes, h5py's MPI-IO driver, or whichever fits here."""
     timeout: Duration = 600.0
     """How long a save waits for a rank before it names it and is given up."""

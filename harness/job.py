@@ -15,7 +15,8 @@ import numpy as np
 import torch
 
 from harness.batch import BatchPlan, plan_batch
-from harness.checkpoint import Manager, State, keep_last
+from harness.checkpoint import Manager, State
+from harness.checkpoint.rules import keep_rule
 from harness.clock import Clock
 from harness.config import Config
 from harness.data import EvalBatches, check_dataset
@@ -162,7 +163,7 @@ def build(config: Config, run: RunDir, attempt: int, world: World, clock: Clock)
         manager=Manager(
             run.checkpoints,
             comm=world.comm,
-            keep=keep_last(settings.keep) if isinstance(settings.keep, int) else keep_rule(settings.keep),
+            keep=keep_rule(settings.keep),
             engine=settings.engine,
             background=settings.mode != "wait",
             lazy=settings.mode == "lazy",

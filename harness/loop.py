@@ -99,7 +99,7 @@ def finish(job: Job, started: float) -> None:
     done = job.progress.step
     if job.progress.evaluated != done:
         run_evaluation(job, done)
-        if "best" in str(job.config.checkpoint.keep):  # the one that was saved before it does not know how good it is
+        if "best" in job.config.checkpoint.keep:  # the one that was saved before it does not know how good it is
             save(job, done, wait=True)
     if job.world.is_root and (line := export(job)) is not None:
         job.sinks.say(line)

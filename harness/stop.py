@@ -48,7 +48,9 @@ class SaveRequest:
     def wanted(self) -> bool:
         if self.file is None:
             return False
-        return (self.interval is not None and time.monotonic() - self.last >= self.interval) or os.path.exists(self.file)
+        return (self.interval is not None and time.monotonic() - self.last >= self.interval) or os.path.exists(
+            self.file
+        )
 
     def granted(self) -> None:
         """A checkpoint is being made."""
