@@ -48,9 +48,8 @@ class SaveRequest:
     def wanted(self) -> bool:
         if self.file is None:
             return False
-        return (self.interval is not None and time.monotonic() - self.last >= self.interval) or os.path.exists(
-            self.file
-        )
+        late = self.interval is not None and time.monotonic() - self.last >= self.interval
+        return late or os.path.exists(self.file)
 
     def granted(self) -> None:
         """A checkpoint is being made."""

@@ -61,8 +61,9 @@ class Console:
             values = [f"{key} {number(value)}" for key, value in record.items() if key not in HIDDEN]
             self.say(f"evaluation at step {step}: " + ", ".join(values))
         elif record["kind"] == "checkpoint":
-            seconds = record.get("seconds")
+            seconds, waited = record.get("seconds"), record.get("waited")
             took = f" in {seconds:.2f} s" if isinstance(seconds, float) else ""
+            took += f", training waited {waited:.2f} s" if isinstance(waited, float) else ""
             self.say(f"checkpoint at step {step}: {record.get('path', '')}{took}")
 
     def say(self, text: str) -> None:
