@@ -36,6 +36,8 @@ from harness.errors import StorageError, Unavailable
 BEAT = 10.0
 EXPIRY = 60.0
 SKEW = 300.0
+GRACE = 5.0
+"""Seconds that a process of this machine gets to end: it may be about to, or be a command that holds it briefly."""
 LEASE = "lease"
 
 
@@ -63,7 +65,8 @@ class Lease:
         """Take the lease of a checkpoints directory, which is made where it is not there. One process of a job does so.
 
         `wait`: seconds to wait for a holder that may have crashed on another machine, which then costs one line for
-        `log`; None: as long as that takes to find out (at most expiry + beat). Raises InUse, StorageError.
+        `log`; None: as long as that takes to find out (at most expiry + beat). One on this machine is waited for no
+        longer than GRACE. Raises InUse, StorageError.
         """
         place = Path(os.path.realpath(directory)) / LEASE
         with _registry:
@@ -175,9 +178,12 @@ def _take(place: Path, wait: float, log: Callable[[str], None], beat: float, exp
                 return held
             watched = None
             continue
-        if alive:
-            raise _in_use(place, seen)
         now = time.monotonic()
+        if alive:
+            if now - began >= min(wait, GRACE):
+                raise _in_use(place, seen)
+            time.sleep(min(0.1, wait))
+            continue
         if watched is None or (watched.number, watched.holder) != (seen.number, seen.holder):
             watched, since = seen, now
         elif watched.touched != seen.touched:  # a heartbeat

@@ -21,7 +21,8 @@ from pathlib import Path
 from harness.checkpoint.commit import MANIFEST
 from harness.checkpoint.manifest import NewerVersion
 from harness.checkpoint.names import DAMAGED, parse_name
-from harness.checkpoint.store import Stored, check, committed, latest, listing, read_manifest
+from harness.checkpoint.store import Stored, check, committed, latest, listing
+from harness.checkpoint.survey import survey
 from harness.checkpoint.tags import tagged
 from harness.errors import DataError, InputMissing, UsageError
 
@@ -130,17 +131,15 @@ def _usable(path: Path, aside: bool) -> Path:
 
 def _best(directory: Path, metric: str, mode: str) -> Path:
     scored, known = [], set()
-    for stored in listing(directory):
-        try:
-            metrics = read_manifest(stored.path)[0].metrics
-        except NewerVersion:
-            raise
-        except DataError:
+    for entry in survey(directory) if directory.is_dir() else ():
+        if entry.state == "newer":
+            raise NewerVersion(f"{entry.path}: {entry.note}", hint="use a newer program")
+        if entry.state != "good" or entry.step is None:
             continue
-        known |= set(metrics)
-        value = metrics.get(metric)
+        known |= set(entry.metrics)
+        value = entry.metrics.get(metric)
         if isinstance(value, (int, float)) and not isinstance(value, bool) and not math.isnan(value):
-            scored.append((-value if mode == "min" else value, stored))
+            scored.append((-value if mode == "min" else value, Stored(entry.step, entry.number, entry.path)))
     for _, stored in sorted(scored, reverse=True):
         try:
             check(stored.path)
