@@ -16,6 +16,8 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from launch.ckpt_convert import register
+
 if TYPE_CHECKING:
     from harness.checkpoint.select import Place
 
@@ -291,6 +293,9 @@ def plan(
     except ValueError as error:
         raise UsageError(str(error)) from error
     show_forecast(found, as_json=as_json)
+
+
+register(app)
 
 
 def _directory(run: str) -> Path:

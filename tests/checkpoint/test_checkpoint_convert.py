@@ -49,7 +49,11 @@ def scratch() -> Iterator[Path]:
 
 
 def checkpoint_of(directory: Path, **entries: Any) -> Path:
-    return manager(directory).save(1, State(**entries))
+    writer = manager(directory)
+    path = writer.save(1, State(**entries))
+    writer.close()
+    assert path is not None
+    return path
 
 
 def imported(directory: Path) -> dict[str, Any]:

@@ -27,6 +27,7 @@ from harness.checkpoint.convert.tensor import Progress, Source, counted
 from harness.checkpoint.convert.writing import write_checkpoint
 from harness.checkpoint.reader import open_checkpoint
 from harness.checkpoint.schema import ITEMSIZE, escape
+from harness.checkpoint.store import latest
 from harness.errors import DataError, InputMissing, StorageError, UsageError
 
 FORMATS = {
@@ -132,6 +133,9 @@ def import_checkpoint(
             tensors = counted(tensors, progress, total)
         state: dict[str, Any] = {entry: {"kind": kind}}
         made = write_checkpoint(Path(directory), step, tensors, aliases, state, {"imported": path.name})
+    newest = latest(directory)
+    if newest is not None and newest != made:
+        notes.append(f"it is not the newest: a restore takes {newest.name}")
     return Done(made, len(tensors), total, tuple(notes))
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import itertools
 import pickle
+import pickletools
 import zipfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -42,6 +43,7 @@ _STORAGES = {
 """The classes that torch names for a dtype; for others it names UntypedStorage and the dtype."""
 _MAX_PICKLE = 256 << 20
 _MAX_DEPTH = 32
+_ORDERED = "collections OrderedDict"
 
 
 def write(path: Path, tensors: Sequence[Tensor], aliases: Mapping[str, str]) -> None:
@@ -143,12 +145,31 @@ def _check(file: Input, entries: archive.Archive) -> dict[int, int]:
         raise DataError(f"{file.path} is not what torch.save(model.state_dict(), ...) writes")
     if any(not entries.stored(name) for name in entries.entries):
         raise DataError(f"{file.path} is compressed, as torch never does it")
-    entries.bytes(pickled, _MAX_PICKLE)
+    _check_pickle(file.path, entries.bytes(pickled, _MAX_PICKLE))
     order = f"{root}/byteorder"
     if order in entries.entries and entries.bytes(order, 16) != b"little":
         raise DataError(f"{file.path} was written on a big-endian machine")
     storages = (name for name in entries.entries if name.startswith(f"{root}/data/"))
     return {(start := entries.start(name)): start + entries.entries[name].file_size for name in storages}
+
+
+def _check_pickle(path: Path, data: bytes) -> None:
+    """Look at what the pickle would import, without running it: torch itself lets a little more pass than tensors."""
+    try:
+        for code, value, _ in pickletools.genops(data):
+            if code.name == "STACK_GLOBAL" or (
+                code.name in ("GLOBAL", "INST") and not str(value).startswith("torch") and value != _ORDERED
+            ):
+                raise _more(path, f"it refers to {str(value or 'objects')[:100]!r}")
+    except ValueError as error:
+        raise DataError(f"{path} is damaged: {str(error)[:200]}") from None
+
+
+def _more(path: Path, why: str) -> DataError:
+    return DataError(
+        f"{path} holds more than tensors and plain values, and is not unpickled: {why}",
+        hint="save the state_dict alone: torch.save(model.state_dict(), ...)",
+    )
 
 
 def _load(path: Path) -> Any:
@@ -157,10 +178,7 @@ def _load(path: Path) -> Any:
     try:
         return torch.load(path, map_location="cpu", weights_only=True, mmap=True)
     except pickle.UnpicklingError as error:
-        raise DataError(
-            f"{path} holds more than tensors and plain values, and is not unpickled: {_first_line(error)}",
-            hint="save the state_dict alone: torch.save(model.state_dict(), ...)",
-        ) from None
+        raise _more(path, _first_line(error)) from None
     except Exception as error:
         raise DataError(f"{path} cannot be read by torch: {_first_line(error)}") from None
 
