@@ -30,7 +30,7 @@ from harness.checkpoint.manifest import Manifest
 from harness.checkpoint.plan import make_plan
 from harness.checkpoint.policy import Keep
 from harness.checkpoint.replicas import compare, warning
-from harness.checkpoint.schema import schema_hash, schema_lines
+from harness.checkpoint.schema import schema_lines
 from harness.checkpoint.staging import Image, Staging
 from harness.checkpoint.state import State, take
 from harness.checkpoint.tree import encode
@@ -282,7 +282,7 @@ def _collect(step: int, state: State, metrics: Mapping[str, float] | None) -> Ta
         raise DataError(f"the step is {step}; steps count from 0")
     encoded: Any = encode(dict(metrics or {}), "metrics", {})
     snapshot = take(state)
-    return Taken(snapshot, schema_hash(snapshot.leaves, snapshot.aliases), encoded)
+    return Taken(snapshot, snapshot.schema().hash, encoded)
 
 
 def _result(error: Exception | None) -> tuple[None, Json]:

@@ -52,6 +52,7 @@ every rank holds a part (`shards`), together they hold all. per_rank: rank r hol
 
 PLACEMENTS: tuple[Placement, ...] = ("replicated", "rank0", "sharded", "per_rank")
 RESERVED = "_ckpt"
+_NO_COMPONENT = frozenset(("", ".", ".."))
 MAX_NAME = 4096
 MAX_DIMENSIONS = 32
 MAX_LEAVES = 10_000_000
@@ -85,6 +86,8 @@ def escape(component: str) -> str:
     >>> escape("a/b"), escape("fc.weight"), escape("..")
     ('a%2Fb', 'fc.weight', '%2E%2E')
     """
+    if component not in _NO_COMPONENT and "%" not in component and "/" not in component and "\0" not in component:
+        return component
     if component in (".", ".."):
         return component.replace(".", "%2E")
     if component == "":
@@ -122,7 +125,7 @@ def check_schema(leaves: Sequence[Leaf]) -> None:
 
 def _problem(leaf: Leaf) -> str | None:
     parts = leaf.name.split("/")
-    if len(leaf.name) > MAX_NAME or any(part in ("", ".", "..") or "\0" in part for part in parts):
+    if len(leaf.name) > MAX_NAME or "\0" in leaf.name or not _NO_COMPONENT.isdisjoint(parts):
         return "has a name that is no path"
     try:
         leaf.name.encode()
@@ -138,7 +141,7 @@ def _problem(leaf: Leaf) -> str | None:
         return "is per rank and has no rows"
     if len(leaf.shape) > MAX_DIMENSIONS:
         return f"has {len(leaf.shape)} dimensions; HDF5 knows {MAX_DIMENSIONS}"
-    if any(length < 0 or length > MAX_BYTES for length in leaf.shape) or leaf.nbytes > MAX_BYTES:
+    if (leaf.shape and (min(leaf.shape) < 0 or max(leaf.shape) > MAX_BYTES)) or leaf.nbytes > MAX_BYTES:
         return "has an impossible size"
     return None
 

@@ -3,17 +3,34 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any
 
 from harness.checkpoint.comm import Json
-from harness.checkpoint.schema import Leaf, Placement
+from harness.checkpoint.schema import Leaf, Placement, check_schema, schema_hash
 from harness.checkpoint.tensors import Buffer
 from harness.checkpoint.tree import encode
 
 
+@dataclass(frozen=True, eq=False)
+class Schema:
+    """The names and shapes of a state, checked, and their hash. It holds no tensors."""
+
+    leaves: list[Leaf]
+    aliases: dict[str, str]
+    hash: str
+
+    @cached_property
+    def by_name(self) -> dict[str, Leaf]:
+        return {leaf.name: leaf for leaf in self.leaves}
+
+
 @dataclass
 class Snapshot:
-    """A state as leaves with their bytes, second names of leaves, and JSON per entry."""
+    """A state as leaves with their bytes, second names of leaves, and JSON per entry.
+
+    `before`: the schema of the snapshot before. What has not changed since is not made, checked and hashed again.
+    """
 
     leaves: list[Leaf] = field(default_factory=list)
     buffers: dict[str, Buffer] = field(default_factory=dict)
@@ -21,13 +38,25 @@ class Snapshot:
     record: dict[str, Json] = field(default_factory=dict)
     late: set[str] = field(default_factory=set)
     """Leaves that only the optimizer's step changes: a lazy save may copy them until then."""
+    before: Schema | None = None
 
     def add(self, name: str, array: Any, placement: Placement, *, late: bool = False) -> None:
         if late:
             self.late.add(name)
         buffer = Buffer(array, name)
-        self.leaves.append(Leaf(name, buffer.dtype, buffer.shape, placement))
+        leaf = None if self.before is None else self.before.by_name.get(name)
+        if leaf is None or (leaf.dtype, leaf.shape, leaf.placement) != (buffer.dtype, buffer.shape, placement):
+            leaf = Leaf(name, buffer.dtype, buffer.shape, placement)
+        self.leaves.append(leaf)
         self.buffers[name] = buffer
+
+    def schema(self) -> Schema:
+        """The schema of this snapshot, once it is complete; the one before where nothing differs. Raises DataError."""
+        before = self.before
+        if before is None or (self.leaves, self.aliases) != (before.leaves, before.aliases):
+            check_schema(self.leaves)
+            self.before = before = Schema(self.leaves, self.aliases, schema_hash(self.leaves, self.aliases))
+        return before
 
 
 def take_tree(value: Any, path: str, placement: Placement, snapshot: Snapshot, *, late: bool = False) -> Json:

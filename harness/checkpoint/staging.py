@@ -11,8 +11,10 @@ It is one rank's share of the state, about 1/size of it, and is kept for the nex
 from __future__ import annotations
 
 import bisect
+import gc
 import mmap
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -32,6 +34,21 @@ LARGE_IMAGE = 64 << 20
 """Bytes of an image at the most. Fewer, larger writes are about a fifth faster around the page cache."""
 IMAGES_WANTED = 8
 """A part gives at least so many images before they become larger than IMAGE: several threads share them."""
+
+GROUP = 1 << 20
+"""Bytes of small tensors that are copied at once."""
+
+
+@contextmanager
+def no_collection() -> Iterator[None]:
+    """Python's search for cycles of garbage is put off: among many new objects it takes longer than making them."""
+    enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if enabled:
+            gc.enable()
 
 
 @dataclass(frozen=True, eq=False)
@@ -58,8 +75,10 @@ class Staging:
         self._layout: Layout | None = None
         self._plan: Plan | None = None
         self._runs: list[tuple[int, int, int]] = []  # (lo, hi, at): file bytes [lo, hi) lie at `at` of the memory
+        self._pieces: list[tuple[int, int, int, int]] = []  # (leaf, lo, hi, at): its bytes [lo, hi) lie at `at`
         self._images: list[Image] = []
 
+    @no_collection()
     def prepare(self, layout: Layout, plan: Plan) -> list[Image]:
         """Memory for the plan's blocks, in images of at most LARGE_IMAGE bytes, in file order; zeros between tensors.
 
@@ -74,12 +93,15 @@ class Staging:
             self._runs.append((lo, hi, needed))
             needed += -(-(hi - lo) // mmap.PAGESIZE) * mmap.PAGESIZE
         self._reserve(needed)
+        self._pieces = []
         for lo, hi, at in self._runs:
-            done = lo
+            done = at
             for piece in layout.pieces(lo, hi):
-                self._memory[at + done - lo : at + piece.offset - lo] = 0
-                done = piece.offset + piece.hi - piece.lo
-            self._memory[at + done - lo : at + hi - lo] = 0
+                start = at + piece.offset - lo
+                self._memory[done:start] = 0
+                done = start + piece.hi - piece.lo
+                self._pieces.append((piece.leaf, piece.lo, piece.hi, start))
+            self._memory[done : at + hi - lo] = 0
         runs = iter(self._runs)
         lo = hi = at = 0
         for block, begin, end in plan.ranges(layout, min(LARGE_IMAGE, max(IMAGE, needed // IMAGES_WANTED))):
@@ -89,6 +111,7 @@ class Staging:
         self._layout, self._plan = layout, plan
         return list(self._images)
 
+    @no_collection()
     def fill(self, buffers: Sequence[Buffer], leaves: Collection[int] | None = None) -> None:
         """Copy the bytes of these leaves that lie in the plan's blocks; None: of all that every rank holds whole.
 
@@ -96,18 +119,25 @@ class Staging:
         by `exchange`.
         """
         layout = self._prepared()
-        wanted = None if leaves is None else set(leaves)
+        wanted = None if leaves is None else frozenset(leaves)
+        others = layout.parted
         previous: Buffer | None = None
-        for lo, hi, at in self._runs:
-            for piece in layout.pieces(lo, hi):
-                if piece.leaf in layout.parted if wanted is None else piece.leaf not in wanted:
-                    continue
-                buffer = buffers[piece.leaf]
-                if previous is not None and previous is not buffer:
-                    previous.release()
-                previous = buffer
-                start = at + piece.offset - lo
-                self._memory[start : start + piece.hi - piece.lo] = buffer.read(piece.lo, piece.hi)
+        group: list[Bytes] = []  # small neighbours, which are copied in one go
+        begin = end = 0
+        for leaf, lo, hi, at in self._pieces:
+            if leaf in others if wanted is None else leaf not in wanted:
+                continue
+            buffer = buffers[leaf]
+            if previous is not None and previous is not buffer:
+                previous.release()
+            previous = buffer
+            data = buffer.read(lo, hi)
+            if at != end or end - begin > GROUP:
+                self._copy(group, begin, end)
+                group, begin = [], at
+            group.append(data)
+            end = at + len(data)
+        self._copy(group, begin, end)
         if previous is not None:
             previous.release()
 
@@ -127,6 +157,13 @@ class Staging:
     def close(self) -> None:
         """Give the memory back, as soon as nobody holds its images."""
         self.__init__()  # type: ignore[misc]
+
+    def _copy(self, group: list[Bytes], begin: int, end: int) -> None:
+        """Parts that follow each other into [begin, end) of the memory."""
+        if len(group) == 1:
+            self._memory[begin:end] = group[0]
+        elif group:
+            np.concatenate(group, out=self._memory[begin:end])
 
     def _prepared(self) -> Layout:
         if self._layout is None:

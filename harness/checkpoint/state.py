@@ -21,8 +21,9 @@ from harness.checkpoint.modules import parameter_names, prepare_module, take_mod
 from harness.checkpoint.optimizers import prepare_optimizer, take_optimizer
 from harness.checkpoint.partial import EXACT, Partial
 from harness.checkpoint.restoring import Restore, Source, maker, matched
-from harness.checkpoint.schema import check_schema, escape, unescape
-from harness.checkpoint.snapshot import Snapshot, take_tree
+from harness.checkpoint.schema import escape, unescape
+from harness.checkpoint.snapshot import Schema, Snapshot, take_tree
+from harness.checkpoint.staging import no_collection
 from harness.checkpoint.tensors import is_tensor, new_tensor
 from harness.checkpoint.tree import complete, decode
 from harness.errors import DataError
@@ -38,6 +39,7 @@ class State:
         self.kinds: dict[str, str] = {name: _kind(name, value) for name, value in self.entries.items()}
         if taken := {"entries", "kinds"} & set(entries):
             raise DataError(f"an entry of a State cannot be called {taken.pop()!r}")
+        self._schema: Schema | None = None  # of the last snapshot
 
     def __getattr__(self, name: str) -> Any:
         try:
@@ -48,27 +50,31 @@ class State:
 
 def take(state: State) -> Snapshot:
     """The state's leaves, aliases and JSON. Tensors are referred to, not copied. Raises DataError."""
-    snapshot = Snapshot()
-    names = parameter_names(_modules(state))
-    for entry, value in state.entries.items():
-        kind = state.kinds[entry]
-        root = escape(entry)
-        record: dict[str, Json] = {"kind": kind}
-        if kind == "module":
-            take_module(value, root, snapshot, record)
-        elif kind == "optimizer":
-            take_optimizer(value, root, names, snapshot, record)
-        elif kind == "tensors":
-            for key, tensor in value.items():
-                snapshot.add(f"{root}/{escape(key)}", tensor, "replicated")
-        else:
-            content = value.state_dict() if kind == "holder" else value
-            record["value"] = take_tree(content, root, "rank0", snapshot)
-            if kind == "holder":
-                record["class"] = type(value).__name__
-        snapshot.record[entry] = record
-    check_schema(snapshot.leaves)
+    snapshot = Snapshot(before=state._schema)
+    with no_collection():
+        names = parameter_names(_modules(state))
+        for entry in state.entries:
+            snapshot.record[entry] = _take_entry(entry, state, names, snapshot)
+        state._schema = snapshot.schema()
     return snapshot
+
+
+def _take_entry(entry: str, state: State, names: dict[int, tuple[str, str]], snapshot: Snapshot) -> dict[str, Json]:
+    value, kind, root = state.entries[entry], state.kinds[entry], escape(entry)
+    record: dict[str, Json] = {"kind": kind}
+    if kind == "module":
+        take_module(value, root, snapshot, record)
+    elif kind == "optimizer":
+        take_optimizer(value, root, names, snapshot, record)
+    elif kind == "tensors":
+        for key, tensor in value.items():
+            snapshot.add(f"{root}/{escape(key)}", tensor, "replicated")
+    else:
+        content = value.state_dict() if kind == "holder" else value
+        record["value"] = take_tree(content, root, "rank0", snapshot)
+        if kind == "holder":
+            record["class"] = type(value).__name__
+    return record
 
 
 def prepare(state: State, manifest: Manifest, *, partial: Partial | None = None) -> Restore:
