@@ -36,6 +36,7 @@ def ls(
     as_json: AsJson = False,
 ) -> None:
     """List the checkpoints of a run. Quick: their data are not read."""
+    from harness.checkpoint.lease import live_holder
     from harness.checkpoint.survey import survey
     from harness.errors import InputMissing
     from launch.ckpt_show import show_survey
@@ -45,7 +46,8 @@ def ls(
         raise InputMissing(f"there are no checkpoints yet: {directory} is not there")
     with _told(directory):
         found = survey(directory, everything=everything)
-    show_survey(directory, found, as_json=as_json)
+        holder = live_holder(directory)
+    show_survey(directory, found, holder, as_json=as_json)
 
 
 @app.command()

@@ -21,6 +21,7 @@ from rich.text import Text
 
 if TYPE_CHECKING:
     from harness.checkpoint.forecast import Forecast
+    from harness.checkpoint.leasefile import Holder
     from harness.checkpoint.manifest import Manifest
     from harness.checkpoint.schema import Leaf
     from harness.checkpoint.survey import Entry
@@ -31,31 +32,34 @@ WIDE = 160
 _STATES = {"good": "green", "damaged": "bold red", "set aside": "yellow", "incomplete": "dim", "newer": "magenta"}
 
 
-def show_survey(directory: Path, found: Sequence[Entry], *, as_json: bool) -> None:
-    """`harness ckpt ls`."""
+def show_survey(directory: Path, found: Sequence[Entry], holder: Holder | None, *, as_json: bool) -> None:
+    """`harness ckpt ls`. `holder`: the job that saves there now."""
     from harness.units import show_size
 
     if as_json:
         told = [{**asdict(entry), "path": str(entry.path)} for entry in found]
-        print_json({"directory": str(directory), "checkpoints": told})
+        job = {"host": holder.host, "pid": holder.pid, "job": holder.job, "started": holder.started} if holder else None
+        print_json({"directory": str(directory), "in_use_by": job, "checkpoints": told})
         return
     rows = []
     for entry in found:
         step = f"{entry.step}" if entry.number == 1 else f"{entry.step}-{entry.number}"
-        state = state_text(entry.state)
-        if entry.note:
-            state.append(f": {clean(entry.note)}")
         rows.append(
             [step, age(entry.created), show_size(entry.bytes), _or(entry.world), _or(entry.tensors),
-             metrics(entry.metrics), ", ".join(entry.tags), state]
+             metrics(entry.metrics), ", ".join(entry.tags), state_text(entry.state)]
         )  # fmt: skip
     if rows:
         columns = ("step", "age", "size", "ranks", "tensors", "metrics", "tags", "state")
         print_table(columns, rows, right=("step", "age", "size", "ranks", "tensors"))
+    for entry in found:
+        if entry.note:
+            print_line(f"{entry.path.name}: {entry.note}")
     good = sum(entry.state == "good" for entry in found)
     total = show_size(sum(entry.bytes for entry in found))
     noun = "checkpoint" if len(found) == 1 else "checkpoints"
-    console().print(Text(clean(f"{len(found)} {noun}, {good} good, {total} in {directory}")), soft_wrap=True)
+    print_line(f"{len(found)} {noun}, {good} good, {total} in {directory}")
+    if holder is not None:
+        print_line(f"in use by {holder}")
 
 
 def show_tensors(
@@ -92,7 +96,7 @@ def show_tensors(
     told += [f"state: {', '.join(sorted(manifest.state))}"] if manifest.state else []
     told += [f"second names: {len(manifest.aliases)}, as {_first(manifest.aliases)}"] if manifest.aliases else []
     for line in told:
-        console().print(Text(clean(line)), soft_wrap=True)
+        print_line(line)
     columns = ["name", "shape", "dtype", "bytes", "offset", "placement"]
     right = ["bytes", "offset"]
     if numbers:
@@ -154,7 +158,13 @@ def print_table(columns: Sequence[str], rows: Sequence[Sequence[object]], *, rig
     console().print(table)
 
 
+def print_line(line: str) -> None:
+    """A line as long as it is."""
+    console().print(Text(clean(line)), soft_wrap=True)
+
+
 def console() -> Console:
+    """Where tables go: as wide as the terminal, or WIDE."""
     return Console(highlight=False, markup=False, soft_wrap=False, width=None if sys.stdout.isatty() else WIDE)
 
 

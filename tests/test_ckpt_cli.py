@@ -98,13 +98,14 @@ def test_ls(run: Path, ask: Ask) -> None:
     (run / "checkpoints" / "step-00000500.tmp-1").mkdir()
     code, out, err = ask("ls", "run")
     assert (code, err) == (0, "")
-    assert lines(out)[:-1] == [
+    assert lines(out)[:-2] == [
         "step  age  size  ranks  tensors  metrics  tags  state",
-        f"100  2 h 05 min ago  {sizes[0]}  1  3  accuracy 0.1, val/loss 0.01  damaged: arrays/w is \\x1b[31mbad",
+        f"100  2 h 05 min ago  {sizes[0]}  1  3  accuracy 0.1, val/loss 0.01  damaged",
         f"200  2 h 05 min ago  {sizes[1]}  1  3  accuracy 0.2, val/loss 0.005  paper  good",
         f"300  2 h 05 min ago  {sizes[2]}  1  3  accuracy 0.3, val/loss 0.00333333  good",
         f"400  2 h 05 min ago  {sizes[3]}  1  3  accuracy 0.4, val/loss 0.0025  set aside",
     ]
+    assert lines(out)[-2] == "step-00000100: arrays/w is \\x1b[31mbad"
     assert lines(out)[-1] == f"4 checkpoints, 2 good, {total} in run/checkpoints"
     assert "incomplete" in ask("ls", "run", "--all")[1]
     assert ask("ls", "run/checkpoints")[1] == ask("ls", "run")[1]
@@ -113,6 +114,7 @@ def test_ls(run: Path, ask: Ask) -> None:
 def test_ls_as_json(run: Path, ask: Ask) -> None:
     ask("tag", "run@200", "paper")
     found = asked_json(ask, "ls", "run")
+    assert set(found) == {"directory", "in_use_by", "checkpoints"} and found["in_use_by"] is None
     assert found["directory"] == "run/checkpoints" and len(found["checkpoints"]) == 4
     path = run / "checkpoints" / make_name(200)
     assert found["checkpoints"][1] == {
@@ -351,7 +353,9 @@ def test_nothing_changes_while_a_job_saves_there(run: Path, ask: Ask) -> None:
             assert (code, out) == (69, "")
             assert f"is in use by process {holder.pid} on " in err and "--force does it all the same" in err
         assert ask("prune", "run", "--keep", "last 1", "--dry-run")[0] == 0, "looking is free"
-        assert ask("tag", "run@100", "paper")[0] == 0 and ask("ls", "run")[0] == 0
+        assert ask("tag", "run@100", "paper")[0] == 0
+        assert f"in use by process {holder.pid} on " in ask("ls", "run")[1]
+        assert asked_json(ask, "ls", "run")["in_use_by"]["pid"] == holder.pid
         assert ask("rollback", "run@300", "--force")[0] == 0
     finally:
         holder.kill()

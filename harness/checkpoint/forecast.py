@@ -45,7 +45,11 @@ class Forecast:
 
 
 def forecast(leaves: Sequence[Leaf], *, ranks: int, rank: int = 0) -> Forecast:
-    """Plan a save of these tensors. Raises DataError where they cannot be saved, ValueError for an impossible rank."""
+    """Plan a save of these tensors, as if every rank held all of them.
+
+    Where they are sharded, who holds what would shift some blocks, and knowing it takes the ranks themselves. Raises
+    DataError where they cannot be saved, ValueError for an impossible rank.
+    """
     if not 0 <= rank < ranks:
         raise ValueError(f"rank {rank} is not one of {ranks} ranks, which count from 0")
     fresh = _fresh(leaves)

@@ -164,8 +164,8 @@ def _why_not(directory: Path) -> str | None:
         return None
     damaged = sum((one.path / DAMAGED).exists() for one in stored)
     left_out = len(stored) - len(listing(directory)) - damaged
-    told = [f"{damaged} were found damaged"] * (damaged > 0) + [f"{left_out} were set aside"] * (left_out > 0)
-    return f"of {len(stored)}, {' and '.join(told)}" if told else f"none of {len(stored)} looks good; see `ckpt ls`"
+    told = [f"{damaged} found damaged"] * (damaged > 0) + [f"{left_out} set aside"] * (left_out > 0)
+    return f"of {len(stored)}: {', '.join(told)}" if told else f"none of {len(stored)} looks good"
 
 
 def _there(stored: Sequence[Stored]) -> str:

@@ -385,7 +385,7 @@ def test_why_there_is_none_to_choose(tmp_path: Path) -> None:
     (tmp_path / "step-00000002" / ASIDE).write_text("{}")
     with pytest.raises(InputMissing, match="no good checkpoint") as caught:
         select(tmp_path)
-    assert caught.value.hint == "of 2, 1 were found damaged and 1 were set aside"
+    assert caught.value.hint == "of 2: 1 found damaged, 1 set aside"
 
 
 def test_selecting_needs_neither_torch_nor_mpi_nor_hdf5(chosen: Path) -> None:
