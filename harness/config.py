@@ -205,7 +205,7 @@ class Checkpoint(Section):
     """Training goes on once the state is copied; lazy: the next update waits for that; wait: until it is durable."""
     busy: Literal["skip", "wait"] = "skip"
     """What a checkpoint does that is due while the one before is still being written."""
-    engine: Literal["auto", "direct", "mpio"] = "auto"
+    engine: Literal["auto", "direct", "mpio", "mpio-collective"] = "auto"
     """How bytes reach the file: plain positioned writes, h5py's MPI-IO driver, or whichever fits here."""
     timeout: Duration = 600.0
     """How long a save waits for a rank before it names it and is given up."""

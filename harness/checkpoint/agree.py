@@ -7,7 +7,6 @@ This is not the commit itself (`commit`): it is how ranks vote before and after 
 
 from __future__ import annotations
 
-import errno
 import os
 import socket
 import time
@@ -16,6 +15,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from harness.checkpoint.comm import Comm, Json
+from harness.checkpoint.space import explain
 from harness.errors import HarnessError, StorageError
 
 T = TypeVar("T")
@@ -82,8 +82,7 @@ def describe(error: Exception | None) -> Json:
     hint = error.hint if isinstance(error, HarnessError) else None
     if isinstance(error, OSError):
         message = f"{error.strerror or error}" + (f": {error.filename}" if error.filename else "")
-        if error.errno in (errno.ENOSPC, errno.EDQUOT):
-            hint = "free some space, or keep fewer checkpoints"
+        _, hint = explain(error) or (None, None)
     else:
         message = error.message if isinstance(error, HarnessError) else f"{type(error).__name__}: {error}"
     return {"host": socket.gethostname(), "message": message, "hint": hint}

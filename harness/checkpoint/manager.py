@@ -80,7 +80,7 @@ class Manager:
         self._background, self._lazy, self._busy = background, lazy, busy
         self._tell = logging.getLogger("harness.checkpoint").warning if log is None else log
         self._saved = saved
-        self.engine = choose(engine, self.comm, self._log)
+        self.engine = choose(engine, self.comm, self._log, directory=self.directory)
         self._saver = Saver(
             self.directory,
             self.comm,

@@ -1,17 +1,44 @@
-"""The commit record of a checkpoint: `manifest.json`. Strictly parsed: every field is checked before anything uses it.
+"""The format of checkpoints, version 1, and its commit record `manifest.json`, which is strictly parsed.
 
-The file is one JSON object whose first line holds nothing but the digest of all that follows the line:
+**Files.** A checkpoint is a directory `step-<8 digits or more>[-<n>]` (the n-th save of this step) with `data.h5` and
+`manifest.json`. It exists once it has this name and a manifest; `<name>.tmp-<uuid>` is none yet. `damaged.json` or
+`aside.json` in it take it out of use. All numbers are little-endian.
 
-    {"checksum":"<XXH3-128 of the bytes after this line, 32 hex digits>",
-    "format":"harness-checkpoint","version":1,"uuid":...,"step":...,...}
+**manifest.json** is UTF-8. Its first line is `{"checksum":"<32 hex digits>",`: the XXH3-128 of all bytes after that
+line. The whole is one JSON object without duplicate keys, NaN or Infinity:
 
-Fields of version 1: `uuid` (also in the data file's user block), `step`, `created` (seconds since 1970), `world` (ranks
-that wrote it), `schema` (`schema.schema_hash`), `file` (sizes and digests, see `layout`), `leaves` (in file order,
-with their offsets), `aliases` (second names of leaves), `state` (JSON by entry), `metrics`, `info` (free).
-`file`: `head`, `data_start`, `data_end`, `block` as in `layout`; `digests_digest` is `digest.root` of the block digests
-that lie at `head`; `head_digest` is XXH3-128 of bytes [4096, head).
+    format, version    "harness-checkpoint", 1. A reader refuses versions that it does not know.
+    uuid, step         also in data.h5, which ties the two files together
+    created, world     seconds since 1970; ranks that wrote it (any number may read it)
+    schema             SHA-256 of the tensors' names, dtypes, shapes and placements (`schema.schema_hash`)
+    file               {name: "data.h5", head, data_start, data_end, block, head_digest, digests_digest}
+    leaves             [{name, dtype, shape, placement, offset}, ...] in file order: the tensors
+    aliases            {second name: name}: one tensor with two names is stored once
+    state              JSON by entry of the state: what is not a tensor (below)
+    metrics, info      what was given at the save; the engine, and free JSON
 
-A version is read for ever; one that is newer than this program is refused.
+**data.h5** is an ordinary HDF5 file with a user block; every tensor is a contiguous dataset under its name. The bytes:
+
+    0            user block, 4096 bytes: one line of JSON {format, version, uuid, step}, then zeros
+    4096         HDF5 superblock and metadata, up to `head`; `head_digest` is their XXH3-128
+    head         uint64 per block: the block's XXH3-64 (seed 0); `digests_digest` is the XXH3-128 of them all
+    data_start   the tensors in blocks of `block` bytes, the last one shorter, zeros between tensors
+    data_end     end of the file
+
+**A tensor** has prod(shape) elements in row-major order at `offset`. dtypes: `schema.ITEMSIZE`; a bool is a byte 0 or 1,
+a complex its real, then its imaginary part, bfloat16 the upper half of a float32 (in HDF5 a float type of its own),
+float8 bytes (HDF5: uint8 with an attribute `dtype`). Names are paths; a component is escaped as in URLs where it has
+`%`, `/` or NUL, is `.` or `..` (`schema.escape`). The shape is that of the whole tensor, however ranks had divided it;
+`placement` (replicated, rank0, sharded, per_rank) says how it was saved, and changes nothing for a reader, but that
+row r of a per_rank tensor is rank r's.
+
+**state** has an object by entry, with `kind`: module (tensors `<entry>/<parameter or buffer>`), optimizer (tensors
+`<entry>/<parameter>/<key>`; `groups`: [{params: names, options}], `state`: what is no tensor, by parameter name),
+tensors (`<entry>/<key>`), tree and holder (`value`). Values that JSON has not are objects with one key: `$tensor`:
+[torch or numpy, name], `$scalar`: [kind, dtype, number], `$tuple`, `$dict` (pairs), `$float` ("nan", "inf", "-inf"),
+`$bytes` (base64), `$counter`, `$sparse` (`tree`).
+
+A version is read for ever.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Saves behind training, in one process: when they are made, what is skipped, how they end. Ranks: `ranks_faults.py`."""
+"""Saves behind training, in one process: when they are made, what is skipped, how they end."""
 
 from __future__ import annotations
 
@@ -235,7 +235,7 @@ def test_metrics_and_info_are_in_the_manifest(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("wrong", [{}, {"steps": 1, "minutes": 1}, {"steps": 0}, {"minutes": 0}, {"minutes": -1.0}])
 def test_wrong_rules(wrong: Any) -> None:
-    with pytest.raises(ValueError, match="every takes steps or minutes|at least 1|more than 0"):
+    with pytest.raises(ValueError, match=r"every takes steps or minutes|at least 1|more than 0"):
         every(**wrong)
 
 
