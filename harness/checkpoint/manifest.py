@@ -25,8 +25,8 @@ line. The whole is one JSON object without duplicate keys, NaN or Infinity:
     data_start   the tensors in blocks of `block` bytes, the last one shorter, zeros between tensors
     data_end     end of the file
 
-**A tensor** has prod(shape) elements in row-major order at `offset`. dtypes: `schema.ITEMSIZE`; a bool is a byte 0 or 1,
-a complex its real, then its imaginary part, bfloat16 the upper half of a float32 (in HDF5 a float type of its own),
+**A tensor** has prod(shape) elements in row-major order at `offset`. dtypes: `schema.ITEMSIZE`; a bool is a byte 0 or
+1, a complex its real, then its imaginary part, bfloat16 the upper half of a float32 (in HDF5 a float type of its own),
 float8 bytes (HDF5: uint8 with an attribute `dtype`). Names are paths; a component is escaped as in URLs where it has
 `%`, `/` or NUL, is `.` or `..` (`schema.escape`). The shape is that of the whole tensor, however ranks had divided it;
 `placement` (replicated, rank0, sharded, per_rank) says how it was saved, and changes nothing for a reader, but that
