@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import gc
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
@@ -57,6 +60,18 @@ class Snapshot:
             check_schema(self.leaves)
             self.before = before = Schema(self.leaves, self.aliases, schema_hash(self.leaves, self.aliases))
         return before
+
+
+@contextmanager
+def no_collection() -> Iterator[None]:
+    """Python's search for cycles of garbage is put off: among many new objects it takes longer than making them."""
+    enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if enabled:
+            gc.enable()
 
 
 def take_tree(value: Any, path: str, placement: Placement, snapshot: Snapshot, *, late: bool = False) -> Json:

@@ -11,15 +11,14 @@ It is one rank's share of the state, about 1/size of it, and is kept for the nex
 from __future__ import annotations
 
 import bisect
-import gc
 import mmap
-from collections.abc import Collection, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from harness.checkpoint.gpu import Gpu, copy_from_device
 from harness.checkpoint.layout import Layout
 from harness.checkpoint.plan import Plan
 from harness.checkpoint.tensors import Bytes
@@ -37,18 +36,6 @@ IMAGES_WANTED = 8
 
 GROUP = 1 << 20
 """Bytes of small tensors that are copied at once."""
-
-
-@contextmanager
-def no_collection() -> Iterator[None]:
-    """Python's search for cycles of garbage is put off: among many new objects it takes longer than making them."""
-    enabled = gc.isenabled()
-    gc.disable()
-    try:
-        yield
-    finally:
-        if enabled:
-            gc.enable()
 
 
 @dataclass(frozen=True, eq=False)
@@ -77,13 +64,14 @@ class Staging:
         self._runs: list[tuple[int, int, int]] = []  # (lo, hi, at): file bytes [lo, hi) lie at `at` of the memory
         self._pieces: list[tuple[int, int, int, int]] = []  # (leaf, lo, hi, at): its bytes [lo, hi) lie at `at`
         self._images: list[Image] = []
+        self._gpu = Gpu()
 
-    @no_collection()
     def prepare(self, layout: Layout, plan: Plan) -> list[Image]:
         """Memory for the plan's blocks, in images of at most LARGE_IMAGE bytes, in file order; zeros between tensors.
 
         What is not yet filled is undefined. Raises MemoryError.
         """
+        self._gpu.mark()
         if layout is self._layout and plan == self._plan:
             return list(self._images)
         self._layout = None
@@ -111,7 +99,6 @@ class Staging:
         self._layout, self._plan = layout, plan
         return list(self._images)
 
-    @no_collection()
     def fill(self, buffers: Sequence[Buffer], leaves: Collection[int] | None = None) -> None:
         """Copy the bytes of these leaves that lie in the plan's blocks; None: of all that every rank holds whole.
 
@@ -121,25 +108,9 @@ class Staging:
         layout = self._prepared()
         wanted = None if leaves is None else frozenset(leaves)
         others = layout.parted
-        previous: Buffer | None = None
-        group: list[Bytes] = []  # small neighbours, which are copied in one go
-        begin = end = 0
-        for leaf, lo, hi, at in self._pieces:
-            if leaf in others if wanted is None else leaf not in wanted:
-                continue
-            buffer = buffers[leaf]
-            if previous is not None and previous is not buffer:
-                previous.release()
-            previous = buffer
-            data = buffer.read(lo, hi)
-            if at != end or end - begin > GROUP:
-                self._copy(group, begin, end)
-                group, begin = [], at
-            group.append(data)
-            end = at + len(data)
-        self._copy(group, begin, end)
-        if previous is not None:
-            previous.release()
+        pieces = [piece for piece in self._pieces if (piece[0] not in others if wanted is None else piece[0] in wanted)]
+        with self._gpu.copying(self._memory, (buffers[leaf].device for leaf, _, _, _ in pieces)):
+            self._fill(buffers, pieces)
 
     def put(self, offset: int, data: Bytes) -> None:
         """Bytes at an offset of the file, inside one run of the plan's blocks. Raises InternalError elsewhere."""
@@ -156,14 +127,27 @@ class Staging:
 
     def close(self) -> None:
         """Give the memory back, as soon as nobody holds its images."""
+        self._gpu.close()
         self.__init__()  # type: ignore[misc]
 
-    def _copy(self, group: list[Bytes], begin: int, end: int) -> None:
-        """Parts that follow each other into [begin, end) of the memory."""
-        if len(group) == 1:
-            self._memory[begin:end] = group[0]
-        elif group:
-            np.concatenate(group, out=self._memory[begin:end])
+    def _fill(self, buffers: Sequence[Buffer], pieces: list[tuple[int, int, int, int]]) -> None:
+        group: list[Any] = []  # neighbours in the memory, on the same device, which are copied in one go
+        begin = end = 0
+        previous: Buffer | None = None
+        for leaf, lo, hi, at in pieces:
+            buffer = buffers[leaf]
+            if buffer is not previous and previous is not None:
+                previous.release()
+            data = buffer.part(lo, hi)
+            if at != end or end - begin > GROUP or (group and type(data) is not type(group[0])):
+                _copy(group, self._memory[begin:end])
+                group, begin = [], at
+            group.append(data)
+            end = at + hi - lo
+            previous = buffer
+        _copy(group, self._memory[begin:end])
+        if previous is not None:
+            previous.release()
 
     def _prepared(self) -> Layout:
         if self._layout is None:
@@ -173,5 +157,20 @@ class Staging:
     def _reserve(self, size: int) -> None:
         """Memory of at least this size that begins at a page. It is taken from the system as it is touched."""
         if len(self._memory) < size:
+            self._gpu.close()
             self._memory = np.empty(0, np.uint8)  # first, so that old and new do not exist at once
-            self._memory = np.frombuffer(mmap.mmap(-1, size), np.uint8)
+            memory = mmap.mmap(-1, size)
+            # Writing around the page cache, and a GPU's copies, end in the pages that are here when they begin. A fork
+            # meanwhile (workers of a data loader) would leave those to the child; so children do not get them at all.
+            memory.madvise(mmap.MADV_DONTFORK)
+            self._memory = np.frombuffer(memory, np.uint8)
+
+
+def _copy(group: list[Any], target: Bytes) -> None:
+    """Parts that follow each other, all of numpy or all on one GPU, into the memory for them."""
+    if not group:
+        return
+    if isinstance(group[0], np.ndarray):
+        np.concatenate(group, out=target)
+    else:
+        copy_from_device(group, target)

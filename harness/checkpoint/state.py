@@ -22,8 +22,7 @@ from harness.checkpoint.optimizers import prepare_optimizer, take_optimizer
 from harness.checkpoint.partial import EXACT, Partial
 from harness.checkpoint.restoring import Restore, Source, maker, matched
 from harness.checkpoint.schema import escape, unescape
-from harness.checkpoint.snapshot import Schema, Snapshot, take_tree
-from harness.checkpoint.staging import no_collection
+from harness.checkpoint.snapshot import Schema, Snapshot, no_collection, take_tree
 from harness.checkpoint.tensors import is_tensor, new_tensor
 from harness.checkpoint.tree import complete, decode
 from harness.errors import DataError

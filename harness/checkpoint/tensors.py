@@ -107,12 +107,19 @@ class Buffer:
 
     def read(self, lo: int, hi: int) -> Bytes:
         """Bytes [lo, hi): a view where possible, valid until the tensor changes."""
-        if self._place is not None:
-            return self._place[lo:hi]
+        found = self.part(lo, hi)
+        data: Bytes = found if isinstance(found, np.ndarray) else found.cpu().numpy()
+        return data
+
+    def part(self, lo: int, hi: int) -> Any:
+        """As `read`, but a torch tensor of bytes where the tensor is not in host memory, on its device."""
+        if not self._known:
+            self._known, self._view = True, _in_place(self.array)
+        if self._view is not None:
+            return self._view[lo:hi]
         if self._copy is None:
             self._copy = _flat(self.array)
-        part: Bytes = self._copy[lo:hi] if isinstance(self._copy, np.ndarray) else self._copy[lo:hi].cpu().numpy()
-        return part
+        return self._copy[lo:hi]
 
     def write(self, lo: int, data: Bytes) -> None:
         """Replace the bytes from `lo` on. Each byte is written once; the tensor has changed when all have been."""
