@@ -234,14 +234,12 @@ def superfluous(
                 log(f"{stored.path} does not count as a checkpoint: {error.message}")
                 continue
         candidates.append(stored)
-    kept = keep.select([(stored.step, good[stored.path].metrics) for stored in candidates])
     named = set(read_tags(directory).values())
-    found = []
-    for index, stored in enumerate(candidates):
-        superseded = index + 1 < len(candidates) and candidates[index + 1].step == stored.step
-        if (index not in kept or superseded) and stored.path.name not in named:
-            found.append(stored.path)
-    return found
+    # The rules choose among the newest of each step: one that was saved again does not count twice.
+    newest = list({stored.step: stored for stored in candidates}.values())
+    kept = keep.select([(stored.step, good[stored.path].metrics) for stored in newest])
+    stay = {newest[index].path for index in kept}
+    return [stored.path for stored in candidates if stored.path not in stay and stored.path.name not in named]
 
 
 def remove(path: Path) -> bool:

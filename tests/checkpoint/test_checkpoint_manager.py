@@ -196,3 +196,14 @@ def test_messages_go_to_the_log_by_default(tmp_path: Path, caplog: pytest.LogCap
     (tmp_path / "step-00000004.tmp-0123").mkdir()
     Manager(tmp_path, Single()).save(1, state(1))
     assert "removed step-00000004.tmp-0123" in caplog.text
+
+
+def test_a_step_that_was_saved_again_does_not_count_twice(tmp_path: Path) -> None:
+    saver = manager(tmp_path, keep=keep_last(3))
+    for step in (1, 2, 3, 3, 3):
+        saver.save(step, state(step))
+    assert [name for name in names(tmp_path) if name.startswith("step-")] == [
+        "step-00000001",
+        "step-00000002",
+        "step-00000003-3",
+    ]
