@@ -196,6 +196,8 @@ def life(holder: Holder) -> bool | None:
         pass  # it is another user's
     try:
         fields = Path(f"/proc/{holder.pid}/stat").read_text().rpartition(")")[2].split()
-        return fields[0] not in ("Z", "X") and fields[19] == holder.birth
+        if fields[0] in ("Z", "X"):  # its first thread has ended; another one may be in the middle of a write
+            return len(os.listdir(f"/proc/{holder.pid}/task")) > 1
+        return fields[19] == holder.birth
     except (OSError, IndexError):
         return None

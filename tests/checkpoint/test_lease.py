@@ -288,6 +288,53 @@ def test_of_several_that_take_it_over_exactly_one_does(tmp_path: Path) -> None:
     assert done.returncode == 0, done.stderr
 
 
+KILLED = """
+import fcntl, multiprocessing, os, random, sys, time
+from harness.checkpoint.lease import InUse, Lease
+
+def work(directory, seed, end, told):
+    dice = random.Random(seed)
+    while time.monotonic() < end:
+        try:
+            lease = Lease.acquire(directory, wait=0)
+        except InUse:
+            time.sleep(0.001)
+            continue
+        critical = os.open(directory + "/critical", os.O_RDWR | os.O_CREAT)
+        try:
+            fcntl.lockf(critical, fcntl.LOCK_EX | fcntl.LOCK_NB)  # the kernel's own word
+            told.put("held" if lease.still_mine() else "lost")
+        except OSError:
+            told.put("two at a time")
+        time.sleep(0.003 * dice.random())
+        if dice.random() < 0.2:
+            os.kill(os.getpid(), 9)
+        os.close(critical)
+        lease.release()
+
+fork = multiprocessing.get_context("fork")
+told, seed, running, end, seen = fork.SimpleQueue(), 0, [], time.monotonic() + float(sys.argv[2]), []
+while running or time.monotonic() < end:
+    running = [child for child in running if child.is_alive()]
+    while len(running) < 4 and time.monotonic() < end:
+        seed += 1
+        running.append(fork.Process(target=work, args=(sys.argv[1], seed, end, told)))
+        running[-1].start()
+    while not told.empty():
+        seen.append(told.get())
+    time.sleep(0.005)
+assert set(seen) == {"held"} and len(seen) > 20 and seed > 6, (seed, {word: seen.count(word) for word in seen})
+"""
+
+
+def test_never_two_at_a_time_whoever_is_killed_when(tmp_path: Path) -> None:
+    done = subprocess.run(
+        [sys.executable, "-c", KILLED, str(tmp_path), "3"],
+        env={**os.environ, "PYTHONPATH": str(ROOT)}, capture_output=True, text=True, timeout=60,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+
+
 def test_a_slow_contender_that_saw_an_old_list_withdraws(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Between its look and its file, others took the lease over, gave it back, and the files before it went."""
     from harness.checkpoint import lease as module
