@@ -93,9 +93,10 @@ class Holders:
         return Box(leaf.shape, tuple(numbers[:dimensions]), tuple(numbers[dimensions:])).in_bytes(leaf.itemsize)
 
 
-def signature(layout: Layout, parts: Mapping[int, Part]) -> str:
-    """16 hex digits that change when this rank's parts do, so that ranks know when to gather again."""
-    return xxhash.xxh3_64_hexdigest(b"".join(text.encode() + data for text, data in _described(layout, parts).items()))
+def signature(parts: Mapping[str, Part]) -> str:
+    """16 hex digits that change when what this rank holds does, so that ranks know when to gather again."""
+    said = [[name, part.box.shape, part.box.start, part.box.count] for name, part in sorted(parts.items())]
+    return xxhash.xxh3_64_hexdigest(repr(said).encode("utf-8", "surrogatepass")) if parts else ""
 
 
 def gather_holders(layout: Layout, parts: Mapping[int, Part], comm: Comm) -> Holders:
@@ -271,7 +272,7 @@ class _Found:
         inside = of_leaf[((start <= fault.element) & (fault.element < start + count)).all(axis=1)]
         where = f"element {element.tolist()} of {leaf}"
         if len(inside):
-            told = " and ".join(f"rank {ranks(cell)[0]}" for cell in inside[:4].tolist())
+            told = " and ".join(f"rank {rank}" for rank in sorted(ranks(cell)[0] for cell in inside[:4].tolist()))
             raise DataError(
                 f"{where} is in different parts of {told}",
                 hint="parts of a sharded tensor must be the same or not overlap",

@@ -104,7 +104,7 @@ class Loader:
         restore = Restore()
         problem: Json = None
         try:
-            restore = prepare(state, manifest, partial=partial)
+            restore = prepare(state, manifest, partial=partial, rank=self._comm.rank, size=self._comm.size)
             problem = [*restore.problems]
         except Exception as error:
             problem = describe(error)

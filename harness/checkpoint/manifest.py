@@ -150,6 +150,8 @@ def _manifest(value: dict[str, Any]) -> Manifest:
             raise ValueError(f"{name} is not an object")
     layout = _layout(value["file"], value["leaves"])
     aliases = _aliases(value["aliases"], layout)
+    if any(leaf.placement == "per_rank" and leaf.shape[0] != value["world"] for leaf in layout.leaves):
+        raise ValueError("a leaf that is per rank does not have a row for each rank")
     if value["schema"] != schema_hash(layout.leaves, aliases):
         raise ValueError("the schema's hash does not match its leaves")
     return Manifest(

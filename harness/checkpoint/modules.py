@@ -15,6 +15,7 @@ from typing import Any
 from harness.checkpoint.comm import Json
 from harness.checkpoint.restoring import Restore, Source, maker, matched
 from harness.checkpoint.schema import Leaf, Placement, escape, unescape
+from harness.checkpoint.shards import region_of
 from harness.checkpoint.snapshot import Snapshot, take_tree
 from harness.checkpoint.tree import complete, decode
 from harness.errors import DataError
@@ -55,7 +56,10 @@ def take_module(module: Any, root: str, snapshot: Snapshot, record: dict[str, Js
             snapshot.aliases[path] = first[identity]
         else:
             first[identity] = path
-            snapshot.add(path, tensor, placement, late=placement == "replicated")
+            if region := region_of(snapshot.shards, unescape(root), name):
+                snapshot.add_part(path, tensor, region)
+            else:
+                snapshot.add(path, tensor, placement, late=placement == "replicated")
     if extra := {name: part.get_extra_state() for name, part in _parts_with_extra_state(module)}:
         record["extra"] = take_tree(extra, f"{root}/_extra_state", "rank0", snapshot)
 
@@ -65,11 +69,12 @@ def prepare_module(module: Any, entry: str, source: Source, restore: Restore) ->
     wanted = {f"{root}/{escape(name)}": tensor for name, tensor, _ in tensors_of(module)}
     extra = f"{root}/_extra_state/"
     stored = {name: leaf for name, leaf in source.below(root).items() if not name.startswith(extra)}
+    regions = {f"{root}/{escape(n)}": region_of(restore.shards, entry, n) for n, _, _ in tensors_of(module)}
     filled: dict[object, tuple[str, Leaf]] = {}
     for name, tensor, leaf in matched(wanted, stored, restore):
         first, used = filled.get(_identity(tensor), (name, leaf))
         if first == name:
-            if restore.fill(name, tensor, leaf):
+            if restore.fill(name, tensor, leaf, regions[name]):
                 filled[_identity(tensor)] = name, leaf
             continue
         restore.report.loaded.append(name)

@@ -15,6 +15,7 @@ from typing import Any
 from harness.checkpoint.comm import Json
 from harness.checkpoint.restoring import Restore, Source, maker
 from harness.checkpoint.schema import escape, unescape
+from harness.checkpoint.shards import Region, Shape, check_local, region_of
 from harness.checkpoint.snapshot import Snapshot, take_tree
 from harness.checkpoint.tensors import dtype_of, is_tensor
 from harness.checkpoint.tree import complete, decode, encode
@@ -25,13 +26,20 @@ _IN_ORDER = "LBFGS"
 """Keeps state of all parameters together as flat vectors, so that their order counts."""
 
 
-def _groups(optimizer: Any, names: Mapping[int, tuple[str, str]]) -> list[list[str]]:
-    """Names of the parameters of each group; `group<i>.<j>` for those of no module in the state."""
+def groups_of(optimizer: Any, names: Mapping[int, tuple[str, str]]) -> list[list[str]]:
+    """Names of the parameters of each group.
+
+    Those of no module in the state have the name they were given to the optimizer with, else `group<i>.<j>`.
+    """
     found = [[names.get(id(parameter)) for parameter in group["params"]] for group in optimizer.param_groups]
     several = len({name[0] for group in found for name in group if name}) > 1
+    given = [
+        group.get("param_names", [f"group{i}.{j}" for j in range(len(group["params"]))])
+        for i, group in enumerate(optimizer.param_groups)
+    ]
     return [
-        [(".".join(name) if several else name[1]) if name else f"group{i}.{j}" for j, name in enumerate(group)]
-        for i, group in enumerate(found)
+        [(".".join(name) if several else name[1]) if name else other for name, other in zip(*pair, strict=True)]
+        for pair in zip(found, given, strict=True)
     ]
 
 
@@ -39,7 +47,7 @@ def take_optimizer(
     optimizer: Any, root: str, names: Mapping[int, tuple[str, str]], snapshot: Snapshot, record: dict[str, Json]
 ) -> None:
     state_dict = optimizer.state_dict()
-    groups = _groups(optimizer, names)
+    groups = groups_of(optimizer, names)
     by_number: dict[object, str] = {}
     described: list[Json] = []
     for group, members in zip(state_dict["param_groups"], groups, strict=True):
@@ -51,12 +59,14 @@ def take_optimizer(
             raise DataError(f"{next(iter(found))} is a tensor of several elements, which a hyperparameter cannot be")
     if len(set(by_number.values())) != len(by_number):
         raise DataError(f"{root} has two parameters of the same name")
+    parameters, _ = _by_name(optimizer, groups)
     state: dict[str, Json] = {}
     rest: dict[str, Any] = {}
     for number, values in state_dict["state"].items():
         if number in by_number:
             name = by_number[number]
-            state[name] = take_tree(values, f"{root}/{escape(name)}", "replicated", snapshot, late=True)
+            part = _part(snapshot.shards, unescape(root), name, parameters[name])
+            state[name] = take_tree(values, f"{root}/{escape(name)}", "replicated", snapshot, late=True, part=part)
         else:
             rest[str(number)] = values
     record |= {"class": type(optimizer).__name__, "groups": described, "state": state}
@@ -68,7 +78,7 @@ def prepare_optimizer(
 ) -> None:
     there, record = source.entries[entry]
     stored = _Stored(entry, there, record, restore)
-    mine = _groups(optimizer, names)
+    mine = groups_of(optimizer, names)
     here = {name for group in mine for name in group}
     problems = len(restore.problems)
     restore.compare([f"{entry}: {name}" for name in here], [f"{entry}: {name}" for name in stored.all])
@@ -94,7 +104,9 @@ def prepare_optimizer(
     loaded = {}
     for name, values in stored.state.items():
         if name in parameters:
-            make = maker(source.leaves, restore, parameters[name].device, optimizer.state.get(parameters[name], {}))
+            parameter = parameters[name]
+            part = _part(restore.shards, entry, name, parameter)
+            make = maker(source.leaves, restore, parameter.device, optimizer.state.get(parameter, {}), part)
             loaded[name] = decode(values, make)
     rest = decode(record["rest"], maker(source.leaves, restore))
     if not isinstance(rest, dict) or not all(isinstance(values, dict) for values in loaded.values()):
@@ -120,6 +132,15 @@ def prepare_optimizer(
                     optimizer.state[parameter][key] = value
 
     restore.steps.append(make_all)
+
+
+def _part(shards: Mapping[str, Region], entry: str, name: str, parameter: Any) -> tuple[Shape, Region] | None:
+    """(Local shape, region) of the state tensors that are of a parameter's shape, where that is a part of a tensor."""
+    region = region_of(shards, entry, name)
+    if region is None:
+        return None
+    check_local(parameter, region, f"{entry}: the parameter {name}")
+    return tuple(parameter.shape), region
 
 
 class _Stored:

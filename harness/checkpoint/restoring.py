@@ -18,8 +18,9 @@ from typing import Any
 from harness.checkpoint.casting import Cast, can_cast
 from harness.checkpoint.manifest import Manifest
 from harness.checkpoint.partial import EXACT, Partial
-from harness.checkpoint.schema import Leaf
-from harness.checkpoint.tensors import Buffer, dtype_of, is_tensor, new_tensor
+from harness.checkpoint.schema import ITEMSIZE, Leaf
+from harness.checkpoint.shards import Region, Shape, check_local
+from harness.checkpoint.tensors import Buffer, Part, dtype_of, is_tensor, new_tensor
 from harness.errors import DataError
 
 _NAMED = 4
@@ -67,13 +68,21 @@ class Report:
 
 @dataclass
 class Restore:
-    """Where a checkpoint's leaves go: `sinks` by leaf name, then `finish`. `problems`: why it does not fit."""
+    """Where a checkpoint's leaves go on `rank`, one of `size`: `sinks` by leaf name, then `finish`.
+
+    `shards`: what is declared of parameters and buffers, by name. `problems`: why it does not fit.
+    """
 
     partial: Partial = EXACT
+    rank: int = 0
+    size: int = 1
+    shards: Mapping[str, Region] = field(default_factory=dict)
     sinks: dict[str, list[Any]] = field(default_factory=dict)
     steps: list[Callable[[], Callable[[], None]]] = field(default_factory=list)
     problems: list[str] = field(default_factory=list)
     report: Report = field(default_factory=Report)
+    casts: list[Cast] = field(default_factory=list)
+    """Of parts."""
     converted: dict[int, str] = field(default_factory=dict)
     """id(live tensor) -> the dtype that it is converted from."""
 
@@ -85,15 +94,17 @@ class Restore:
         for hand_over in [make() for make in self.steps]:
             hand_over()
         casts = [sink for sinks in self.sinks.values() for sink in sinks if isinstance(sink, Cast)]
-        self.report.infinite += [cast.name for cast in casts if cast.infinite]
+        self.report.infinite += [cast.name for cast in [*casts, *self.casts] if cast.infinite]
 
-    def sink(self, name: str, array: Any) -> None:
-        """The leaf of this name goes into this array, which has its dtype and shape."""
-        self.sinks.setdefault(name, []).append(Buffer(array, name))
+    def sink(self, name: str, array: Any, region: Region | None = None) -> None:
+        """The leaf of this name, or a region of it, goes into this array, which has its dtype and shape."""
+        self.sinks.setdefault(name, []).append(Part(array, region, name) if region else Buffer(array, name))
 
-    def fill(self, name: str, array: Any, leaf: Leaf) -> bool:
-        """The leaf goes into the live tensor that is called `name` here, if it fits. Whether it does."""
-        here = (dtype_of(array), tuple(array.shape))
+    def fill(self, name: str, array: Any, leaf: Leaf, region: Region | None = None) -> bool:
+        """The leaf, or a region of it, goes into the live tensor that is called `name` here, if it fits. Whether so."""
+        if region is not None:
+            check_local(array, region, name)
+        here = (dtype_of(array), tuple(array.shape) if region is None else region.shape)
         cast = self.partial.cast and here[0] != leaf.dtype and can_cast(leaf.dtype, here[0])
         if here[1] != leaf.shape or (here[0] != leaf.dtype and not cast):
             text = f"{here[0]}{list(here[1])} here and {leaf.dtype}{list(leaf.shape)} in the checkpoint"
@@ -105,11 +116,26 @@ class Restore:
         if cast:
             self.report.cast.append(name)
             self.converted[id(array)] = leaf.dtype
-            self.sinks.setdefault(leaf.name, []).append(Cast(array, leaf.dtype, name))
+            self._sink_cast(name, array, leaf, region)
         else:
-            self.sink(leaf.name, array)
+            self.sink(leaf.name, array, region)
         self.report.loaded.append(name)
         return True
+
+    def _sink_cast(self, name: str, array: Any, leaf: Leaf, region: Region | None) -> None:
+        cast = Cast(array, leaf.dtype, name)
+        if region is None:
+            self.sinks.setdefault(leaf.name, []).append(cast)
+            return
+        # A part arrives in pieces of many places: it is collected first, then converted.
+        stored = Buffer(new_tensor("numpy", "uint8", (ITEMSIZE[leaf.dtype] * region.elements,)), name)
+        self.sinks.setdefault(leaf.name, []).append(Part.of(stored, region, leaf.dtype))
+        self.casts.append(cast)
+
+        def convert() -> Callable[[], None]:
+            return lambda: cast.write(0, stored.read(0, stored.nbytes))
+
+        self.steps.insert(0, convert)
 
     def missing(self, name: str, what: str = "") -> None:
         if self.partial.missing == "error":
@@ -187,19 +213,27 @@ def matched(wanted: Mapping[str, Any], stored: Mapping[str, Leaf], restore: Rest
 
 
 def maker(
-    leaves: Mapping[str, Leaf], restore: Restore, device: Any = None, live: Mapping[str, Any] | None = None
+    leaves: Mapping[str, Leaf],
+    restore: Restore,
+    device: Any = None,
+    live: Mapping[str, Any] | None = None,
+    part: tuple[Shape, Region] | None = None,
 ) -> Callable[[str, str], Any]:
-    """Tensors for `decode`: the live one of the same key where it fits, else a new one."""
+    """Tensors for `decode`: the live one of the same key where it fits, else a new one.
+
+    `part`: of leaves of the region's (global) shape only this region is wanted, in tensors of the local shape.
+    """
 
     def make(name: str, kind: str) -> Any:
         leaf = leaves.get(name)
         if leaf is None or kind not in ("torch", "numpy"):
             raise DataError(f"the checkpoint refers to {name!r}, which it does not hold")
         tensor: Any = (live or {}).get(name.rpartition("/")[2])
-        fits = is_tensor(tensor) and (dtype_of(tensor), tuple(tensor.shape)) == (leaf.dtype, leaf.shape)
+        shape, region = part if part is not None and leaf.shape == part[1].shape else (leaf.shape, None)
+        fits = is_tensor(tensor) and (dtype_of(tensor), tuple(tensor.shape)) == (leaf.dtype, shape)
         if not fits or unwritable(tensor):
-            tensor = new_tensor(kind, leaf.dtype, leaf.shape, device)
-        restore.sink(name, tensor)
+            tensor = new_tensor(kind, leaf.dtype, shape, device)
+        restore.sink(name, tensor, region)
         return tensor
 
     return make

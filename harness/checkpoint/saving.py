@@ -23,16 +23,20 @@ from harness.checkpoint.agree import SaveFailed, attempt, describe, refusal, tog
 from harness.checkpoint.ballot import Ballot, NoAnswer
 from harness.checkpoint.comm import Comm, Json
 from harness.checkpoint.engines import Engine
+from harness.checkpoint.exchange import exchange
 from harness.checkpoint.file import fit_head
-from harness.checkpoint.layout import lay_out
+from harness.checkpoint.holders import Holders, gather_holders, signature
+from harness.checkpoint.layout import Layout, lay_out
 from harness.checkpoint.lease import Lease
 from harness.checkpoint.manifest import Manifest
 from harness.checkpoint.plan import make_plan
 from harness.checkpoint.policy import Keep
 from harness.checkpoint.replicas import compare, warning
 from harness.checkpoint.schema import schema_lines
+from harness.checkpoint.snapshot import Snapshot
 from harness.checkpoint.staging import Image, Staging
 from harness.checkpoint.state import State, take
+from harness.checkpoint.tensors import Part
 from harness.checkpoint.tree import encode
 from harness.checkpoint.writing import Form, Order, Outcome, Taken, Writer
 from harness.errors import DataError, StorageError
@@ -69,6 +73,9 @@ class Saver:
         self._ballots: list[Ballot] = []
         self._form: Form | None = None
         self._from_rank0: tuple[int, ...] = ()
+        self._holders: Holders | None = None
+        self._parts: list[str] = []  # rank 0: the signatures of the parts that `_holders` knows
+        self._asked: list[str] = []
         self._lease: Lease | None = None
         self._numbers = 0
         self.good: dict[Path, Manifest] = {}
@@ -81,11 +88,12 @@ class Saver:
         """
         began = time.perf_counter()
         writer = self._writer or self._meet()
-        taken, error = attempt(lambda: _collect(step, state, metrics))
+        taken, error = attempt(lambda: _collect(step, state, metrics, self._comm))
         message: Json = {
             "step": step,
             "busy": self._running is not None and not self._running.done(),
             "schema": None if taken is None else taken.schema,
+            "parts": "" if taken is None else signature(taken.snapshot.parts),
             "error": describe(error),
         }
         try:
@@ -185,12 +193,16 @@ class Saver:
         if any(message["busy"] for message in said.values()):
             return answer | {"busy": True}
         assert taken is not None
-        plan, error = attempt(lambda: self._open(step, taken))
+        parts = [said[rank]["parts"] for rank in sorted(said)]
+        plan, error = attempt(lambda: self._open(step, taken, parts))
         refused = refusal({0: {"error": describe(error)}}, [], hosts, "before anything was written", "", 0.0)
         return answer | (refused or plan or {})
 
-    def _open(self, step: int, taken: Taken) -> dict[str, Json]:
-        """Rank 0: make sure that it can be written, and say where. Raises HarnessError, OSError."""
+    def _open(self, step: int, taken: Taken, parts: list[str]) -> dict[str, Json]:
+        """Rank 0: make sure that it can be written, and say where. Raises HarnessError, OSError.
+
+        `parts`: the `signature` of each rank's parts, which ask for `gather_holders` where they are new.
+        """
         assert self._writer is not None
         self._claim()
         self._writer.lease = self._lease
@@ -204,9 +216,10 @@ class Saver:
                 self._form = form = Form(taken.schema, *fit_head(layout, taken.snapshot.aliases, scratch / "head.h5"))
             finally:
                 commit.abandon(scratch)
-            self._from_rank0 = ()
+            self._from_rank0, self._parts = (), []
         else:
             space.preflight(self._directory, form.layout.data_end, _FILES)
+        self._asked = parts
         self._numbers += 1
         identity, saved = uuid.uuid4().hex, self._writer.saved
         return {
@@ -214,6 +227,7 @@ class Saver:
             "uuid": identity,
             "name": f"{store.new_name(self._directory, step)}{commit.TEMPORARY}{identity}",
             "head": form.layout.head,
+            "gather": bool(taken.snapshot.parts) and parts != self._parts,
             "compare": self._comm.size > 1 and self._check_replicas > 0 and saved % self._check_replicas == 0,
         }
 
@@ -248,18 +262,34 @@ class Saver:
             self._from_rank0 = unequal.leaves
             if unequal.leaves:
                 self.lines.put(warning(form.layout, unequal))
+        if verdict["gather"]:
+            self._gather(step, form.layout, taken)
         return Order(step, verdict["number"], verdict["uuid"], self._directory / verdict["name"], form, taken, began)
+
+    def _gather(self, step: int, layout: Layout, taken: Taken) -> None:
+        """Learn which rank holds which part. Collective. Raises SaveFailed where they do not fit together."""
+        self._holders, self._parts = None, []
+        try:
+            self._holders = gather_holders(layout, _parts(layout, taken.snapshot), self._comm)
+        except DataError as error:  # the same on all ranks
+            told = f"the checkpoint of step {step} was not saved: {error.message}"
+            raise SaveFailed(told, hint=error.hint) from error
+        self._parts = self._asked
 
     def _copy(self, writer: Writer, order: Order) -> None:
         """Copy this rank's slice (in lazy mode: what may change before the fence), and start the writing."""
         layout, snapshot = order.form.layout, order.taken.snapshot
         buffers = [snapshot.buffers[leaf.name] for leaf in layout.leaves]
         late = [i for i, leaf in enumerate(layout.leaves) if leaf.name in snapshot.late] if self._lazy else []
+        holders = self._holders if layout.parted else None
+        plan = make_plan(
+            layout, rank=self._comm.rank, size=self._comm.size, from_rank0=self._from_rank0, holders=holders
+        )
 
         def copy() -> list[Image]:
-            plan = make_plan(layout, rank=self._comm.rank, size=self._comm.size, from_rank0=self._from_rank0)
             images = self._staging.prepare(layout, plan)
-            self._staging.fill(buffers, sorted(set(range(len(buffers))) - set(late)) if late else None)
+            now = set(range(len(buffers))) - set(late) - layout.parted
+            self._staging.fill(buffers, sorted(now) if late else None)
             return images
 
         def copy_late() -> None:
@@ -267,6 +297,11 @@ class Saver:
                 self._staging.fill(buffers, late)
 
         images, error = attempt(copy)
+        if holders is not None:
+            # Also where this rank could not copy: the others wait for its parts.
+            parts, view = _parts(layout, snapshot), self._staging.view
+            _, failed = attempt(lambda: exchange(layout, plan, holders, parts, self._comm, view))
+            error = error or failed
         if self._engine.background:
             waited = time.perf_counter() - order.began
             self._copied = self._thread.submit(copy_late)
@@ -277,11 +312,16 @@ class Saver:
         self._running.set_result(writer.run(order, images, None, None, 0.0))
 
 
-def _collect(step: int, state: State, metrics: Mapping[str, float] | None) -> Taken:
+def _parts(layout: Layout, snapshot: Snapshot) -> dict[int, Part]:
+    """This rank's parts by leaf index."""
+    return {index: snapshot.parts[layout.leaves[index].name] for index in layout.parted}
+
+
+def _collect(step: int, state: State, metrics: Mapping[str, float] | None, comm: Comm) -> Taken:
     if step < 0:
         raise DataError(f"the step is {step}; steps count from 0")
     encoded: Any = encode(dict(metrics or {}), "metrics", {})
-    snapshot = take(state)
+    snapshot = take(state, comm.rank, comm.size)
     return Taken(snapshot, snapshot.schema().hash, encoded)
 
 

@@ -19,7 +19,7 @@ Box(shape=(96,), start=(24,), count=(48,))
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, MutableMapping, Sequence
+from collections.abc import Iterator, Mapping, MutableMapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple, TypeAlias
 
@@ -132,6 +132,21 @@ class Cut(NamedTuple):
     @property
     def size(self) -> int:
         return math.prod(piece.stop - piece.start for piece in self.source)
+
+
+def region_of(shards: Mapping[str, Region], entry: str, name: str) -> Region | None:
+    """What is declared for a parameter (or buffer) of an entry: under `entry.name`, else under `name`."""
+    return shards.get(f"{entry}.{name}", shards.get(name))
+
+
+def row_of(rank: int, size: int, shape: Shape) -> Box:
+    """A rank's row of a per-rank leaf, whose local tensors have this shape.
+
+    >>> row_of(2, 4, (7,))
+    Box(shape=(4, 7), start=(2, 0), count=(1, 7))
+    """
+    rest = (0,) * len(shape)
+    return Box((size, *shape), (rank, *rest), (1, *shape))
 
 
 def check_local(tensor: Any, region: Region, name: str) -> None:

@@ -7,21 +7,25 @@ by parameter *name*, a dict of tensors `ema/<key>`; scalars and hyperparameters 
 through `state_dict()` and `load_state_dict()`, other dicts as trees of plain values, restored in place.
 
 Parameters, optimizer state and dicts of tensors are the same on all ranks (replicated); of buffers and all else rank
-0's copy is stored. Nothing here is collective. A parameter that has two names is stored once, with an alias.
+0's copy is stored. A rank that has a part of a tensor says so with a `Shard` as value in a dict of tensors, or with
+`shards`; what is every rank's own is a `PerRank`. Nothing here is collective. A parameter that has two names is stored
+once, with an alias.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, MutableMapping
+from collections.abc import Callable, Mapping, MutableMapping
 from typing import Any
 
 from harness.checkpoint.comm import Json
 from harness.checkpoint.manifest import Manifest
 from harness.checkpoint.modules import parameter_names, prepare_module, take_module, tensors_of
-from harness.checkpoint.optimizers import prepare_optimizer, take_optimizer
+from harness.checkpoint.optimizers import groups_of, prepare_optimizer, take_optimizer
 from harness.checkpoint.partial import EXACT, Partial
+from harness.checkpoint.perrank import is_per_rank, prepare_per_rank, take_per_rank
 from harness.checkpoint.restoring import Restore, Source, maker, matched
 from harness.checkpoint.schema import escape, unescape
+from harness.checkpoint.shards import Region, Shard
 from harness.checkpoint.snapshot import Schema, Snapshot, no_collection, take_tree
 from harness.checkpoint.tensors import is_tensor, new_tensor
 from harness.checkpoint.tree import complete, decode
@@ -31,12 +35,18 @@ _SHOWN = 20
 
 
 class State:
-    """What a checkpoint holds: named live objects, also as attributes. Those that are None are left out."""
+    """What a checkpoint holds: named live objects, also as attributes. Those that are None are left out.
 
-    def __init__(self, **entries: Any) -> None:
+    shards: parameters and buffers of which this rank has a part, by name: `{"fc.weight": Box(...)}`. The optimizer's
+    state of such a parameter that is of its local shape is the same part. A name with its entry before it, as in
+    `optimizer.fc.weight`, is meant for this entry only.
+    """
+
+    def __init__(self, *, shards: Mapping[str, Region] | None = None, **entries: Any) -> None:
+        self.shards: dict[str, Region] = dict(shards or {})
         self.entries: dict[str, Any] = {name: value for name, value in entries.items() if value is not None}
         self.kinds: dict[str, str] = {name: _kind(name, value) for name, value in self.entries.items()}
-        if taken := {"entries", "kinds"} & set(entries):
+        if taken := {"entries", "kinds", "shards"} & set(entries):
             raise DataError(f"an entry of a State cannot be called {taken.pop()!r}")
         self._schema: Schema | None = None  # of the last snapshot
 
@@ -47,11 +57,15 @@ class State:
             raise AttributeError(f"this State has no {name}") from None
 
 
-def take(state: State) -> Snapshot:
-    """The state's leaves, aliases and JSON. Tensors are referred to, not copied. Raises DataError."""
-    snapshot = Snapshot(before=state._schema)
+def take(state: State, rank: int = 0, size: int = 1) -> Snapshot:
+    """The state's leaves, aliases and JSON, as `rank` of `size` has it.
+
+    Tensors are referred to, not copied. Raises DataError.
+    """
+    snapshot = Snapshot(rank, size, state.shards, before=state._schema)
     with no_collection():
         names = parameter_names(_modules(state))
+        _check_shards(state, names)
         for entry in state.entries:
             snapshot.record[entry] = _take_entry(entry, state, names, snapshot)
         state._schema = snapshot.schema()
@@ -67,7 +81,12 @@ def _take_entry(entry: str, state: State, names: dict[int, tuple[str, str]], sna
         take_optimizer(value, root, names, snapshot, record)
     elif kind == "tensors":
         for key, tensor in value.items():
-            snapshot.add(f"{root}/{escape(key)}", tensor, "replicated")
+            if isinstance(tensor, Shard):
+                snapshot.add_part(f"{root}/{escape(key)}", tensor.tensor, tensor.region)
+            else:
+                snapshot.add(f"{root}/{escape(key)}", tensor, "replicated")
+    elif kind == "per_rank":
+        take_per_rank(value, root, snapshot, record)
     else:
         content = value.state_dict() if kind == "holder" else value
         record["value"] = take_tree(content, root, "rank0", snapshot)
@@ -76,8 +95,10 @@ def _take_entry(entry: str, state: State, names: dict[int, tuple[str, str]], sna
     return record
 
 
-def prepare(state: State, manifest: Manifest, *, partial: Partial | None = None) -> Restore:
-    """Where the leaves of a checkpoint go in this state. Changes nothing yet.
+def prepare(
+    state: State, manifest: Manifest, *, partial: Partial | None = None, rank: int = 0, size: int = 1
+) -> Restore:
+    """Where the leaves of a checkpoint go in this state, as `rank` of `size` has it. Changes nothing yet.
 
     `partial`: None for all of the checkpoint into all of the state. Everything that does not fit is listed in
     `problems`; what is kept, left out or converted, in `report`. All that can be checked without reading a tensor is
@@ -85,9 +106,10 @@ def prepare(state: State, manifest: Manifest, *, partial: Partial | None = None)
     state half restored: damage that is found while the tensors are read, and a `load_state_dict` or `set_extra_state`
     that refuses the values it gets.
     """
-    restore = Restore(EXACT if partial is None else partial)
+    restore = Restore(EXACT if partial is None else partial, rank, size, state.shards)
     source = Source(manifest, restore.partial, restore.report)
     names = parameter_names(_modules(state))
+    _check_shards(state, names)
     for entry, (there, _) in source.entries.items():
         kind = _record_kind(manifest, there)
         if entry not in state.entries and _asked_for(source, entry, there, kind, restore.partial):
@@ -120,6 +142,8 @@ def _prepare_entry(
         prepare_module(value, entry, source, restore)
     elif kind == "optimizer":
         prepare_optimizer(value, entry, names, source, restore)
+    elif kind == "per_rank":
+        prepare_per_rank(value, entry, manifest, source, restore)
     elif stored == "tensors" or kind == "tensors":
         _prepare_tensors(value, escape(entry), source, restore)
     elif why := _another_holder(value, record, kind):
@@ -128,6 +152,23 @@ def _prepare_entry(
         tree = decode(record["value"], maker(source.leaves, restore))
         restore.steps.append(_load_tree(value, tree, stored))
         restore.report.loaded.append(entry)
+
+
+def _check_shards(state: State, names: dict[int, tuple[str, str]]) -> None:
+    """Raises DataError where parts are declared of parameters that nobody has."""
+    if not state.shards:
+        return
+    named = set()
+    for entry, value in state.entries.items():
+        if state.kinds[entry] == "module":
+            found = [name for name, _, _ in tensors_of(value)]
+        elif state.kinds[entry] == "optimizer":
+            found = [name for group in groups_of(value, names) for name in group]
+        else:
+            continue
+        named |= {*found, *(f"{entry}.{name}" for name in found)}
+    if unknown := sorted(set(state.shards) - named):
+        raise DataError(f"State(shards=...) names {unknown[0]!r}, which is no parameter or buffer of this state")
 
 
 def complain(problems: list[str], where: object) -> DataError:
@@ -141,12 +182,15 @@ def complain(problems: list[str], where: object) -> DataError:
 
 
 def _kind(name: str, value: Any) -> str:
+    if is_per_rank(value):
+        return "per_rank"
     if hasattr(value, "named_parameters") and hasattr(value, "named_buffers"):
         return "module"
     if hasattr(value, "param_groups") and hasattr(value, "state_dict"):
         return "optimizer"
     if isinstance(value, MutableMapping):
-        return "tensors" if value and all(is_tensor(item) for item in value.values()) else "tree"
+        tensors = value and all(is_tensor(item) or isinstance(item, Shard) for item in value.values())
+        return "tensors" if tensors else "tree"
     if hasattr(value, "state_dict") and hasattr(value, "load_state_dict"):
         return "holder"
     raise DataError(
@@ -158,7 +202,7 @@ def _kind(name: str, value: Any) -> str:
 def _record_kind(manifest: Manifest, entry: str) -> str:
     record = manifest.state[entry]
     kind = record.get("kind") if isinstance(record, dict) else None
-    if kind not in ("module", "optimizer", "tensors", "tree", "holder"):
+    if kind not in ("module", "optimizer", "tensors", "tree", "holder", "per_rank"):
         raise DataError(f"the checkpoint's entry {entry!r} is of an unknown kind: {kind!r}")
     return str(kind)
 
@@ -185,7 +229,10 @@ def _prepare_tensors(value: MutableMapping[str, Any], root: str, source: Source,
     if value:
         wanted = {f"{root}/{escape(key)}": tensor for key, tensor in value.items()}
         for name, tensor, leaf in matched(wanted, stored, restore):
-            restore.fill(name, tensor, leaf)
+            if isinstance(tensor, Shard):
+                restore.fill(name, tensor.tensor, leaf, tensor.region)
+            else:
+                restore.fill(name, tensor, leaf)
         return
     # Nothing made yet: take what there is.
     made = {name: new_tensor("torch", leaf.dtype, leaf.shape) for name, leaf in stored.items()}

@@ -168,10 +168,16 @@ class Part:
     """
 
     def __init__(self, array: Any, region: Region, name: str = "a tensor") -> None:
-        self.buffer = Buffer(array, name)
         check_local(array, region, name)
-        self.region = region
+        self.buffer, self.region = Buffer(array, name), region
         self.box = region.in_bytes(ITEMSIZE[self.buffer.dtype])
+
+    @classmethod
+    def of(cls, buffer: Buffer, region: Region, dtype: str) -> Part:
+        """A buffer of whatever dtype that takes the bytes of a region of a tensor of this dtype."""
+        part = cls.__new__(cls)
+        part.buffer, part.region, part.box = buffer, region, region.in_bytes(ITEMSIZE[dtype])
+        return part
 
     def read(self, lo: int, hi: int) -> Bytes:
         """What lies of the region in the tensor's bytes [lo, hi), without gaps."""

@@ -312,7 +312,7 @@ class Checks:
         assert self.manager("x", engine="auto").engine.name == "direct"
 
 
-def main() -> None:
+def main(kind: type[Checks]) -> None:
     root, world = Path(sys.argv[1]), sys.argv[2]
     torch.set_num_threads(1)
     if world == "gloo":
@@ -321,8 +321,8 @@ def main() -> None:
         hvd.init()
     comm = detect()
     assert isinstance(comm, Mpi if world == "mpi" else Horovod), comm
-    checks = Checks(comm, root)
-    for name in vars(Checks):
+    checks = kind(comm, root)
+    for name in vars(kind):
         if name.startswith("check_"):
             getattr(checks, name)()
             if comm.rank == 0:
@@ -332,9 +332,10 @@ def main() -> None:
         print("all checks passed", flush=True)
 
 
-if __name__ == "__main__":
+def run_checks(kind: type[Checks]) -> None:
+    """All of them, on all ranks; the first failure ends the job."""
     try:
-        main()
+        main(kind)
     except BaseException:
         import traceback
 
@@ -343,3 +344,7 @@ if __name__ == "__main__":
         if "mpi4py.MPI" in sys.modules and len(sys.argv) > 2 and sys.argv[2] == "mpi":
             sys.modules["mpi4py.MPI"].COMM_WORLD.Abort(1)
         os._exit(1)
+
+
+if __name__ == "__main__":
+    run_checks(Checks)
