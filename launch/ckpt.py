@@ -114,6 +114,7 @@ def inspect(
             for leaf, start in zip(manifest.layout.leaves, manifest.layout.starts, strict=True)
             if fnmatch.fnmatchcase(leaf.name, glob.removeprefix("/"))
         ]
+        chosen.sort(key=lambda pair: pair[0].name)
         if not chosen and glob != "*":
             names = [leaf.name for leaf in manifest.layout.leaves[:100_000]]
             close = difflib.get_close_matches(glob, names, 3)
