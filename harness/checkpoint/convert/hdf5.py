@@ -135,8 +135,7 @@ class _Walk:
             raise DataError(f"{self._path}: the group /{path[:200]} is linked twice, or too deep")
         self._groups.add(address)
         soft: list[tuple[str, str]] = []
-        for index in range(group.get_num_objs()):
-            key = group.get_objname_by_idx(index)
+        for key in list(group):
             name = f"{path}/{key.decode()}" if path else key.decode()
             kind = group.links.get_info(key).type
             self._objects += 1
