@@ -7,6 +7,7 @@ have written, without time stamps, and any HDF5 1.8 or later opens it.
 
 from __future__ import annotations
 
+import errno
 import os
 from collections.abc import Mapping
 from pathlib import Path
@@ -74,6 +75,8 @@ def write_all(descriptor: int, data: Any, offset: int) -> None:
     view = memoryview(data).cast("B")
     while view:
         written = os.pwrite(descriptor, view, offset)
+        if written == 0:
+            raise OSError(errno.EIO, "nothing could be written")
         view, offset = view[written:], offset + written
 
 
@@ -149,6 +152,9 @@ def _create(layout: Layout, aliases: Mapping[str, str], path: Path) -> None:
 
 
 def _make_folders(file: Any, name: str, made: set[str], link: Any) -> None:
+    parent = name.rpartition("/")[0]
+    if not parent or parent in made:
+        return
     from h5py import h5g, h5p
 
     parts = name.split("/")[:-1]

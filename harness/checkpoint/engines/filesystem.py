@@ -15,13 +15,13 @@ UNSUITED = {"9p", "cifs", "fuse.gcsfuse", "fuse.goofys", "fuse.rclone", "fuse.s3
 """Not made for one file that several computers write at once."""
 
 
-def filesystem(path: Path) -> str | None:
+def filesystem(path: Path, table: str = "/proc/self/mountinfo") -> str | None:
     """The type of the file system that holds `path`, which need not exist yet. None where that cannot be told."""
     wanted = os.path.realpath(path)
     best, kind = "", None
     try:
-        with open("/proc/self/mountinfo", encoding="utf-8", errors="surrogateescape") as table:
-            for line in table:
+        with open(table, encoding="utf-8", errors="surrogateescape") as lines:
+            for line in lines:
                 mount, _, rest = line.partition(" - ")
                 point = _unescape(mount.split(" ")[4])
                 inside = wanted == point or wanted.startswith(point.rstrip("/") + "/")
