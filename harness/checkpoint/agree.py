@@ -22,6 +22,8 @@ T = TypeVar("T")
 VISIBLE = 10.0
 """Seconds within which a file that rank 0 has made must be there for the other ranks."""
 
+LEFT_OUT = "saving is for all ranks: is one slower, stuck, or left out by an `if`?"
+
 
 class SaveFailed(StorageError):
     """A checkpoint was not saved. Raised on all ranks alike; the earlier checkpoints are as they were."""
@@ -64,7 +66,7 @@ def refusal(
         named += f" and {len(missing) - 8} more" if len(missing) > 8 else ""
         return {
             "failed": f"rank{'s' if len(missing) > 1 else ''} {named} {absent} within {timeout:g} s",
-            "hint": "saving is for all ranks: is one slower, stuck, or left out by an `if`?",
+            "hint": LEFT_OUT,
         }
     failed = [(rank, message["error"]) for rank, message in sorted(said.items()) if message["error"]]
     if not failed:

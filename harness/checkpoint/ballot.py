@@ -4,9 +4,10 @@
 
 Unlike a collective, it ends when a rank does not come: rank 0 learns which ranks are missing and decides without them,
 and a rank that rank 0 does not answer raises `NoAnswer` after its own deadline. A rank that comes late finds the
-verdict waiting. One ballot may be used by another thread than the main one, by one thread at a time.
+verdict waiting, and learns that it was decided without it. One ballot may be used by another thread than the main one,
+by one thread at a time.
 
-Numbers order the votes: a message for an earlier vote than the one that is being held is dropped.
+Numbers order the votes: what a rank says to an earlier vote than the one that is being held is not heard.
 """
 
 from __future__ import annotations
@@ -16,15 +17,16 @@ import json
 import os
 import shutil
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import suppress
 from pathlib import Path
 from typing import Any, Protocol, TypeAlias
 
 import numpy as np
 
-from harness.checkpoint.agree import VISIBLE
+from harness.checkpoint.agree import LEFT_OUT, VISIBLE
 from harness.checkpoint.comm import MAX_MESSAGE, Comm, Json
+from harness.checkpoint.commit import make_directories
 from harness.errors import InternalError, StorageError, Unavailable
 
 Decide: TypeAlias = Callable[[Mapping[int, Json], "list[int]"], Json]
@@ -37,6 +39,9 @@ _PATIENCE = 2.0
 
 class NoAnswer(StorageError):
     """Rank 0 did not answer within the deadline."""
+
+    def __init__(self, timeout: float) -> None:
+        super().__init__(f"rank 0 did not answer within {timeout:g} s", hint=LEFT_OUT)
 
 
 class Ballot(Protocol):
@@ -70,14 +75,17 @@ def clean(directory: Path, ballots: list[Ballot]) -> None:
 def make_ballots(count: int, directory: Path, comm: Comm) -> list[Ballot]:
     """That many independent ballots between the ranks: by MPI where any thread may use it, else by files. Collective.
 
-    Raises Unavailable where the ranks do not see the same directory and have nothing else to vote by.
+    Where the ranks do not see the same directory and have nothing else to vote by, votes raise Unavailable.
     """
     if comm.size == 1:
         return [_Alone() for _ in range(count)]
     if comm.mpi is not None and _any_thread(comm):
         mpi = comm.mpi.Dup()
         return [_ByMpi(mpi, 2 * index) for index in range(count)]
-    return _by_files(count, directory, comm)
+    try:
+        return _by_files(count, directory, comm)
+    except Unavailable as error:
+        return [_Nowhere(error)] * count
 
 
 class _Alone:
@@ -94,51 +102,88 @@ class _Alone:
         pass
 
 
+class _Nowhere:
+    """Ranks that cannot vote. They can restore."""
+
+    def __init__(self, why: Unavailable) -> None:
+        self._why = why
+
+    def hold(self, number: int, message: Json, decide: Decide, timeout: float) -> Json:
+        raise self._why
+
+    def tell(self, number: int, verdict: Json) -> None:
+        raise self._why
+
+    def hear(self, number: int, timeout: float) -> Json:
+        raise self._why
+
+    def close(self) -> None:
+        pass
+
+
 class _Between:
-    """What the two ways share: the order of things. They differ in how a message travels."""
+    """What the two ways share: the order of things. They differ in how a message travels.
+
+    A rank has one message at most that awaits a verdict; it withdraws it when it gives up waiting. A verdict says which
+    message of a rank it answers (`nonce`, which counts them), or that there was none.
+    """
 
     rank: int
     size: int
+    _nonce = 0
 
     def hold(self, number: int, message: Json, decide: Decide, timeout: float) -> Json:
         if self.rank != 0:
-            self._send(number, message)
-            return self.hear(number, _PATIENCE * timeout)
-        messages: dict[int, Json] = {0: message}
-        last = number  # a rank that is ahead of this vote waits for a verdict of its own number
+            return self._ask(number, message, _PATIENCE * timeout)
         deadline, wait = time.monotonic() + timeout, _Pause()
-        while len(messages) < self.size and time.monotonic() < deadline:
-            came = self._receive(number)
-            if came is None:
-                wait()
-            else:
-                rank, vote, messages[rank] = came
-                last = max(last, vote)
-        verdict = decide(messages, [rank for rank in range(self.size) if rank not in messages])
-        self.tell(last, verdict)
+        while len(open_ := self._open(number)) < self.size - 1 and time.monotonic() < deadline:
+            wait()
+        said = {0: message, **{rank: content for rank, (_, content) in open_.items()}}
+        verdict = decide(said, [rank for rank in range(self.size) if rank not in said])
+        self._tell(number, {rank: nonce for rank, (nonce, _) in open_.items()}, verdict)
         return verdict
 
     def hear(self, number: int, timeout: float) -> Json:
-        deadline, wait = time.monotonic() + timeout, _Pause()
-        while time.monotonic() < deadline:
-            found = self._answer(number)
-            if found is not None:
-                return found[0]
-            wait()
-        raise NoAnswer(f"rank 0 did not answer within {timeout:g} s")
+        return self._wait(number, None, timeout)[1]
 
     def tell(self, number: int, verdict: Json) -> None:
+        self._tell(number, {}, verdict)
+
+    def _ask(self, number: int, message: Json, timeout: float) -> Json:
+        self._nonce += 1
+        answered = False
+        try:
+            self._send(number, self._nonce, [message])
+            answered, verdict = self._wait(number, self._nonce, timeout)
+            return verdict
+        finally:
+            if not answered:
+                self._send(number, self._nonce, [])
+
+    def _wait(self, number: int, nonce: int | None, timeout: float) -> tuple[bool, Json]:
+        """(whether it answers this rank's message, verdict)."""
+        deadline, wait = time.monotonic() + timeout, _Pause()
+        while time.monotonic() < deadline:
+            for vote, answered, verdict in self._verdicts():
+                if (answered == nonce and nonce is not None) or (answered is None and vote >= number):
+                    return answered is not None, verdict
+            wait()
+        raise NoAnswer(timeout)
+
+    def _send(self, number: int, nonce: int, content: list[Json]) -> None:
+        """To rank 0: [message], or [] to withdraw it."""
         raise NotImplementedError
 
-    def _send(self, number: int, message: Json) -> None:
+    def _open(self, number: int) -> dict[int, tuple[int, Json]]:
+        """Rank 0: by rank, (nonce, message) for this vote or a later one that were neither answered nor withdrawn."""
         raise NotImplementedError
 
-    def _receive(self, number: int) -> tuple[int, int, Json] | None:
-        """Rank 0: (rank, vote, message) of a message for this vote or a later one, if one has come."""
+    def _tell(self, number: int, answered: Mapping[int, int], verdict: Json) -> None:
+        """Rank 0: to all ranks, with the nonces of the messages it answers."""
         raise NotImplementedError
 
-    def _answer(self, number: int) -> tuple[Json] | None:
-        """The verdict of this vote or a later one, if it has come."""
+    def _verdicts(self) -> Iterator[tuple[int, int | None, Json]]:
+        """(vote, nonce of this rank's message that it answers, verdict) of verdicts that have come, oldest first."""
         raise NotImplementedError
 
 
@@ -149,65 +194,61 @@ class _ByMpi(_Between):
         self._mpi, self._up, self._down = mpi, tag, tag + 1
         self.rank, self.size = mpi.Get_rank(), mpi.Get_size()
         self._sent: list[tuple[Any, Any]] = []
-
-    def tell(self, number: int, verdict: Json) -> None:
-        data = _pack(number, verdict)
-        for rank in range(1, self.size):
-            self._start(data, rank, self._down)
+        self._messages: dict[int, tuple[int, int, Json]] = {}
 
     def close(self) -> None:
         self._sent = [(request, data) for request, data in self._sent if not request.Test()]
 
-    def _send(self, number: int, message: Json) -> None:
-        self._start(_pack(number, message), 0, self._up)
+    def _send(self, number: int, nonce: int, content: list[Json]) -> None:
+        self._start(_pack([number, nonce, content]), 0, self._up)
+
+    def _open(self, number: int) -> dict[int, tuple[int, Json]]:
+        for rank, (vote, nonce, content) in self._come(None, self._up):
+            if content:
+                self._messages[rank] = vote, nonce, content[0]
+            else:
+                self._messages.pop(rank, None)
+        return {rank: (nonce, content) for rank, (vote, nonce, content) in self._messages.items() if vote >= number}
+
+    def _tell(self, number: int, answered: Mapping[int, int], verdict: Json) -> None:
+        for rank in answered:
+            del self._messages[rank]
+        text = _pack(verdict).tobytes()
+        for rank in range(1, self.size):
+            nonce = answered.get(rank)
+            data = b"[%d,%s,%s]" % (number, b"null" if nonce is None else b"%d" % nonce, text)
+            self._start(np.frombuffer(data, np.uint8).copy(), rank, self._down)
+
+    def _verdicts(self) -> Iterator[tuple[int, int | None, Json]]:
+        for _, verdict in self._come(0, self._down):
+            yield verdict
 
     def _start(self, data: Any, rank: int, tag: int) -> None:
         self.close()
         self._sent.append((self._mpi.Isend(data, dest=rank, tag=tag), data))
 
-    def _receive(self, number: int) -> tuple[int, int, Json] | None:
-        from mpi4py import MPI
-
-        return self._next(number, MPI.ANY_SOURCE, self._up)
-
-    def _answer(self, number: int) -> tuple[Json] | None:
-        found = self._next(number, 0, self._down)
-        return None if found is None else (found[2],)
-
-    def _next(self, number: int, source: int, tag: int) -> tuple[int, int, Json] | None:
+    def _come(self, source: int | None, tag: int) -> Iterator[tuple[int, Any]]:
+        """(rank, content) of what has come."""
         from mpi4py import MPI
 
         status = MPI.Status()
-        while (message := self._mpi.Improbe(source, tag, status)) is not None:
+        while (found := self._mpi.Improbe(MPI.ANY_SOURCE if source is None else source, tag, status)) is not None:
             data = np.empty(status.Get_count(MPI.BYTE), np.uint8)
-            message.Recv(data)
-            found = json.loads(data.tobytes())
-            if found[0] >= number:
-                return status.Get_source(), found[0], found[1]
-        return None
+            rank = status.Get_source()
+            found.Recv(data)
+            yield rank, json.loads(data.tobytes())
 
 
 class _ByFiles(_Between):
-    """A small file per message, for ranks between which there is no MPI, or none that every thread may use.
+    """A small file per rank, for ranks between which there is no MPI, or none that every thread may use.
 
-    `<number>-<rank>.json` is a message, `<number>.json` a verdict; both appear by rename. A verdict tells whose
-    messages it has seen (`nonce`), so that one of an earlier vote of the same number is not taken for it.
+    `<rank>.json` is that rank's message, `0.json` the verdict. They are replaced by rename and never removed before the
+    end, because a file that is opened is looked up by NFS, and one that was not there a moment ago may not be.
     """
 
     def __init__(self, directory: Path, rank: int, size: int) -> None:
         self.directory, self.rank, self.size = directory, rank, size
-        self._nonce = ""
-        self._seen: dict[int, str] = {0: ""}
-        self._read: set[str] = set()
-
-    def tell(self, number: int, verdict: Json) -> None:
-        for path in self.directory.glob("*.json"):  # earlier votes; nobody has sent anything for the next one yet
-            vote, _, rank = path.name.removesuffix(".json").partition("-")
-            if vote.isdigit() and int(vote) < number + bool(rank):
-                path.unlink(missing_ok=True)
-        seen = {str(rank): nonce for rank, nonce in self._seen.items()}
-        self._write(f"{number}.json", [seen, verdict])
-        self._seen, self._read = {0: ""}, set()
+        self._answered: dict[int, int] = {}
 
     def close(self) -> None:
         if self.rank == 0:
@@ -215,33 +256,40 @@ class _ByFiles(_Between):
             with suppress(OSError):  # the last one of several takes their common directory with it
                 self.directory.parent.rmdir()
 
-    def _send(self, number: int, message: Json) -> None:
-        self._nonce = os.urandom(8).hex()
-        self._write(f"{number}-{self.rank}.json", [self._nonce, message])
+    def _send(self, number: int, nonce: int, content: list[Json]) -> None:
+        self._write([number, nonce, content])
 
-    def _receive(self, number: int) -> tuple[int, int, Json] | None:
-        for path in self.directory.glob("*-*.json"):
-            vote, _, rank = path.name.removesuffix(".json").partition("-")
-            if path.name not in self._read and vote.isdigit() and int(vote) >= number and rank.isdigit():
-                self._read.add(path.name)
-                nonce, message = json.loads(path.read_bytes())
-                self._seen[int(rank)] = nonce
-                return int(rank), int(vote), message
-        return None
+    def _open(self, number: int) -> dict[int, tuple[int, Json]]:
+        found = {}
+        for rank in range(1, self.size):
+            vote, nonce, content = self._read(rank) or (-1, 0, [])
+            if content and vote >= number and nonce != self._answered.get(rank):
+                found[rank] = nonce, content[0]
+        return found
 
-    def _answer(self, number: int) -> tuple[Json] | None:
-        for path in self.directory.glob("*.json"):
-            if path.stem.isdigit() and int(path.stem) >= number:
-                seen, verdict = json.loads(path.read_bytes())
-                mine = seen.get(str(self.rank), "missing" if int(path.stem) == number else None)
-                if mine in (self._nonce, "missing") or not self._nonce:
-                    return (verdict,)
-        return None
+    def _tell(self, number: int, answered: Mapping[int, int], verdict: Json) -> None:
+        self._answered.update(answered)
+        self._write([number, {str(rank): nonce for rank, nonce in answered.items()}, verdict])
 
-    def _write(self, name: str, content: Json) -> None:
-        temporary = self.directory / f".{name}-{self.rank}.tmp"
-        temporary.write_text(json.dumps(content))
-        os.rename(temporary, self.directory / name)
+    def _verdicts(self) -> Iterator[tuple[int, int | None, Json]]:
+        found = self._read(0)
+        if found is not None:
+            yield found[0], found[1].get(str(self.rank)), found[2]
+
+    def _read(self, rank: int) -> Any:
+        try:
+            return json.loads((self.directory / f"{rank}.json").read_bytes())
+        except (OSError, ValueError):
+            return None
+
+    def _write(self, content: Json) -> None:
+        temporary = self.directory / f"{self.rank}.tmp"
+        try:
+            temporary.write_bytes(_pack(content))
+        except FileNotFoundError:  # another job tidied up meanwhile
+            self.directory.mkdir(parents=True, exist_ok=True)
+            temporary.write_bytes(_pack(content))
+        os.rename(temporary, self.directory / f"{self.rank}.json")
 
 
 class _Pause:
@@ -255,8 +303,8 @@ class _Pause:
         time.sleep(0 if waited < 0.001 else min(0.005, waited / 20))
 
 
-def _pack(number: int, content: Json) -> Any:
-    data = json.dumps([number, content], separators=(",", ":")).encode()
+def _pack(content: Json) -> Any:
+    data = json.dumps(content, separators=(",", ":")).encode()
     if len(data) > MAX_MESSAGE:
         raise InternalError(f"a vote has {len(data)} bytes, more than {MAX_MESSAGE}")
     return np.frombuffer(data, np.uint8).copy()
@@ -274,6 +322,7 @@ def _by_files(count: int, directory: Path, comm: Comm) -> list[Ballot]:
     problem: Json = None
     if comm.rank == 0:
         try:
+            make_directories(directory)
             for index in range(count):
                 (directory / name / str(index)).mkdir(parents=True)
         except OSError as error:

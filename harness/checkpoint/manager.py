@@ -9,7 +9,7 @@
             break                                    # asked to stop; the state is saved
     manager.close()
 
-All methods but the constructor and `fence` are collective: all ranks call them in the same order. What fails on one
+The constructor and all methods but `fence` are collective: all ranks call them in the same order. What fails on one
 rank is told to all of them. A save that fails leaves the earlier checkpoints as they were, and training goes on: it is
 told in a warning, and raised by `close` where no later one succeeded. One job at a time saves into a directory.
 """
@@ -171,6 +171,7 @@ class Manager:
         loader = Loader(self.directory, self.comm, self._saver.good, self._log)
         found = loader.newest(state, partial) if which == "latest" else loader.chosen(which, state, partial)
         self.report = loader.report
+        self._saver.restored()
         return None if found is None else found.step
 
     def close(self) -> None:

@@ -3,7 +3,9 @@
 main thread    collect the state -> vote -> copy this rank's slice of the file into reused memory
 saver thread   write it -> vote -> commit
 
-Both votes have a deadline and name the ranks that did not come (`ballot`). Otherwise no rank waits for another one.
+Both votes have a deadline and name the ranks that did not come (`ballot`). Otherwise no rank waits for another one,
+but where the ranks must exchange something (replicas to compare, shards, mpio): then a third vote finds out before that
+all of them are there.
 Whatever fails on one rank ends the save on all of them; the earlier checkpoints stay as they were.
 """
 
@@ -20,7 +22,7 @@ from typing import Any
 
 from harness.checkpoint import ballot, commit, space, store
 from harness.checkpoint.agree import SaveFailed, attempt, describe, refusal, together
-from harness.checkpoint.ballot import Ballot, NoAnswer
+from harness.checkpoint.ballot import Ballot, Decide, NoAnswer
 from harness.checkpoint.comm import Comm, Json
 from harness.checkpoint.engines import Engine
 from harness.checkpoint.exchange import exchange
@@ -46,7 +48,7 @@ _FILES = 4
 
 
 class Saver:
-    """The saves of one directory, one at a time. The constructor is local. Arguments: see `manager.Manager`."""
+    """The saves of one directory, one at a time. The constructor is collective. Arguments: see `manager.Manager`."""
 
     def __init__(
         self,
@@ -69,17 +71,22 @@ class Saver:
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="harness-checkpoint")
         self._running: Future[Outcome] | None = None
         self._copied: Future[None] | None = None
-        self._writer: Writer | None = None
-        self._ballots: list[Ballot] = []
         self._form: Form | None = None
         self._from_rank0: tuple[int, ...] = ()
         self._holders: Holders | None = None
         self._parts: list[str] = []  # rank 0: the signatures of the parts that `_holders` knows
         self._asked: list[str] = []
         self._lease: Lease | None = None
-        self._numbers = 0
+        self._era = self._numbers = 0
         self.good: dict[Path, Manifest] = {}
         """Rank 0: checkpoints that were looked at."""
+        # Now, because at the first save a rank may be missing already, and this has no deadline.
+        self._hosts = [str(host) for host in comm.all_gather(socket.gethostname())]
+        self._ballots = ballot.make_ballots(4, directory, comm)
+        self._asking, self._settling, opening, closing = self._ballots
+        self._writer = Writer(
+            directory, comm, engine, keep, timeout, info, self.lines.put, opening, closing, self._hosts, self.good
+        )
 
     def start(self, step: int, state: State, metrics: Mapping[str, float] | None) -> Path | None:
         """Begin a save and return its path to be; `outcome` tells how it ended. None where one is under way already.
@@ -87,33 +94,33 @@ class Saver:
         Collective. Raises SaveFailed, on all ranks alike, where it cannot begin.
         """
         began = time.perf_counter()
-        writer = self._writer or self._meet()
         taken, error = attempt(lambda: _collect(step, state, metrics, self._comm))
         message: Json = {
             "step": step,
             "busy": self._running is not None and not self._running.done(),
             "schema": None if taken is None else taken.schema,
+            "ready": taken is not None and self._form is not None and self._form.schema == taken.schema,
             "parts": "" if taken is None else signature(taken.snapshot.parts),
             "error": describe(error),
         }
-        try:
-            verdict: Any = self._ballots[0].hold(
-                step, message, lambda said, missing: self._decide(step, taken, said, missing), self._timeout
-            )
-        except NoAnswer as silence:
-            raise SaveFailed(f"the checkpoint of step {step} was not saved: {silence.message}") from None
+        number = (self._era << 40) + step  # a step may come again after a restore
+        verdict = self._vote(
+            self._asking, number, step, message, lambda said, missing: self._decide(step, taken, said, missing)
+        )
         if verdict["failed"] is not None:
             told = f"the checkpoint of step {verdict['step']} was not saved: {verdict['failed']}"
             raise SaveFailed(told, hint=verdict["hint"]) from error
         if verdict["step"] != step:
             raise SaveFailed(f"the checkpoint was not saved: rank 0 saves step {verdict['step']}, this rank {step}")
-        assert taken is not None
-        if verdict["differ"]:
-            self._tell_difference(step, taken)
         if verdict["busy"]:
             return None
+        assert taken is not None
+        if verdict["settle"]:
+            self._settle(step, taken, verdict)
+        if verdict["differ"]:
+            self._tell_difference(step, taken)
         order = self._make_order(step, taken, verdict, began)
-        self._copy(writer, order)
+        self._copy(order)
         return order.final
 
     def outcome(self, *, wait: bool) -> Outcome | None:
@@ -122,6 +129,10 @@ class Saver:
             return None
         ended, self._running, self._copied = self._running, None, None
         return ended.result()
+
+    def restored(self) -> None:
+        """The state is another one now, perhaps of an earlier step. All ranks say so after the same saves. Local."""
+        self._era += 1
 
     def fence(self) -> None:
         """Return once the running save has its own copy of the state. Local."""
@@ -158,30 +169,20 @@ class Saver:
             for left in store.clean(self._directory):
                 self.lines.put(f"removed {left.name}, which an earlier program left unfinished")
 
-    def _meet(self) -> Writer:
-        """The first time: ways to vote, and each other's names. Collective."""
-        self._ballots = ballot.make_ballots(3, self._directory, self._comm)
-        _, opening, closing = self._ballots
-        hosts = [str(host) for host in self._comm.all_gather(socket.gethostname())]
-        self._writer = Writer(
-            self._directory,
-            self._comm,
-            self._engine,
-            self._keep,
-            self._timeout,
-            self._info,
-            self.lines.put,
-            opening,
-            closing,
-            hosts,
-            self.good,
-        )
-        return self._writer
+    def _vote(self, on: Ballot, number: int, step: int, message: Json, decide: Decide) -> Any:
+        """Rank 0's verdict. Raises SaveFailed where there is none."""
+        try:
+            return on.hold(number, message, decide, self._timeout)
+        except Exception as problem:
+            told: Any = describe(problem)
+            where = f" (it is on {self._hosts[0]})" if isinstance(problem, NoAnswer) else ""
+            raise SaveFailed(
+                f"the checkpoint of step {step} was not saved: {told['message']}{where}", hint=told["hint"]
+            ) from problem
 
     def _decide(self, step: int, taken: Taken | None, said: Mapping[int, Any], missing: list[int]) -> Json:
         """Rank 0: whether and how the save goes ahead."""
-        assert self._writer is not None
-        hosts = self._writer.hosts
+        hosts = self._hosts
         answer: dict[str, Any] = {"step": step, "failed": None, "hint": None, "busy": False, "differ": False}
         absent = "did not ask for a save"
         if refused := refusal(said, missing, hosts, "while it collected the state", absent, self._timeout):
@@ -189,21 +190,24 @@ class Saver:
         if others := [(rank, message["step"]) for rank, message in said.items() if message["step"] != step]:
             return answer | {"failed": f"rank 0 saves step {step}, rank {others[0][0]} saves step {others[0][1]}"}
         if len({message["schema"] for message in said.values()}) > 1:
-            return answer | {"differ": True}
+            self._numbers += 1
+            return answer | {"differ": True, "settle": True, "number": self._numbers}
         if any(message["busy"] for message in said.values()):
             return answer | {"busy": True}
         assert taken is not None
         parts = [said[rank]["parts"] for rank in sorted(said)]
         plan, error = attempt(lambda: self._open(step, taken, parts))
         refused = refusal({0: {"error": describe(error)}}, [], hosts, "before anything was written", "", 0.0)
-        return answer | (refused or plan or {})
+        if refused or plan is None:
+            return answer | (refused or {})
+        exchanges = plan["compare"] or plan["gather"] or taken.snapshot.parts or not self._engine.background
+        return answer | plan | {"settle": bool(exchanges or not all(message["ready"] for message in said.values()))}
 
     def _open(self, step: int, taken: Taken, parts: list[str]) -> dict[str, Json]:
         """Rank 0: make sure that it can be written, and say where. Raises HarnessError, OSError.
 
         `parts`: the `signature` of each rank's parts, which ask for `gather_holders` where they are new.
         """
-        assert self._writer is not None
         self._claim()
         self._writer.lease = self._lease
         form = self._form
@@ -231,6 +235,27 @@ class Saver:
             "compare": self._comm.size > 1 and self._check_replicas > 0 and saved % self._check_replicas == 0,
         }
 
+    def _settle(self, step: int, taken: Taken, verdict: dict[str, Any]) -> None:
+        """Make sure that all ranks go on, and have laid out the file. Raises SaveFailed, on all ranks alike."""
+        _, error = attempt(lambda: None if verdict["differ"] else self._lay_out(taken, verdict["head"]))
+
+        def decide(said: Mapping[int, Json], missing: list[int]) -> Json:
+            absent = "asked for a save and then did not begin it"
+            refused = refusal(said, missing, self._hosts, "when it laid out the file", absent, self._timeout)
+            return refused or {"failed": None}
+
+        settled = self._vote(self._settling, verdict["number"], step, {"error": describe(error)}, decide)
+        if settled["failed"] is not None:
+            told = f"the checkpoint of step {step} was not saved: {settled['failed']}"
+            raise SaveFailed(told, hint=settled["hint"]) from error
+
+    def _lay_out(self, taken: Taken, head: int) -> Form:
+        """The form of this state, as rank 0 has found it."""
+        if self._form is None or self._form.schema != taken.schema:
+            self._from_rank0 = ()
+            self._form = Form(taken.schema, lay_out(taken.snapshot.leaves, head=head), b"")
+        return self._form
+
     def _tell_difference(self, step: int, taken: Taken) -> None:
         """Raise SaveFailed with the first tensors in which ranks differ. Collective."""
         mine = schema_lines(taken.snapshot.leaves, taken.snapshot.aliases)
@@ -245,18 +270,9 @@ class Saver:
     # Copying
 
     def _make_order(self, step: int, taken: Taken, verdict: dict[str, Any], began: float) -> Order:
-        """Lay the file out here too; where rank 0 asks for it, compare the replicas. Collective then."""
-
-        def lay_out_here() -> tuple[Form, Json]:
-            if self._form is None or self._form.schema != taken.schema:
-                self._from_rank0 = ()
-                self._form = Form(taken.schema, lay_out(taken.snapshot.leaves, head=verdict["head"]), b"")
-            return self._form, None
-
-        if not verdict["compare"]:
-            form, _ = lay_out_here()
-        else:
-            form, _ = together(self._comm, step, "when it laid out the file", lay_out_here)
+        """Where rank 0 asks for it, compare the replicas. Collective then."""
+        form = self._lay_out(taken, verdict["head"])
+        if verdict["compare"]:
             buffers = [taken.snapshot.buffers[leaf.name] for leaf in form.layout.leaves]
             unequal = compare(form.layout, buffers, self._comm, step)
             self._from_rank0 = unequal.leaves
@@ -276,7 +292,7 @@ class Saver:
             raise SaveFailed(told, hint=error.hint) from error
         self._parts = self._asked
 
-    def _copy(self, writer: Writer, order: Order) -> None:
+    def _copy(self, order: Order) -> None:
         """Copy this rank's slice (in lazy mode: what may change before the fence), and start the writing."""
         layout, snapshot = order.form.layout, order.taken.snapshot
         buffers = [snapshot.buffers[leaf.name] for leaf in layout.leaves]
@@ -305,11 +321,11 @@ class Saver:
         if self._engine.background:
             waited = time.perf_counter() - order.began
             self._copied = self._thread.submit(copy_late)
-            self._running = self._thread.submit(writer.run, order, images, error, self._copied, waited)
+            self._running = self._thread.submit(self._writer.run, order, images, error, self._copied, waited)
             return
         together(self._comm, order.step, "while it copied its part", lambda: _result(error))
         self._running = Future()
-        self._running.set_result(writer.run(order, images, None, None, 0.0))
+        self._running.set_result(self._writer.run(order, images, None, None, 0.0))
 
 
 def _parts(layout: Layout, snapshot: Snapshot) -> dict[int, Part]:

@@ -32,7 +32,7 @@ from harness.checkpoint.manifest import Manifest, render
 from harness.checkpoint.policy import Keep
 from harness.checkpoint.snapshot import Snapshot
 from harness.checkpoint.staging import Image
-from harness.errors import StorageError
+from harness.errors import HarnessError, StorageError
 
 _PATIENCE = 2
 """Ranks wait this many times the deadline for rank 0, which may itself need all of it."""
@@ -210,7 +210,7 @@ class Writer:
     def _prune(self) -> None:
         try:
             store.prune(self.directory, self.keep, self.good, self.log)
-        except OSError as error:
+        except (OSError, HarnessError) as error:
             self.log(f"old checkpoints could not be removed: {error}")
 
 
