@@ -35,7 +35,7 @@ def compare(layout: Layout, buffers: Sequence[Buffer], comm: Comm, step: int) ->
     shared = [index for index, leaf in enumerate(layout.leaves) if leaf.placement == "replicated"]
 
     def digest() -> tuple[Table, Json]:
-        made = np.array([_digest(buffers[index]) for index in shared], "<u8")
+        made = np.array([digest_of(buffers[index]) for index in shared], "<u8")
         return made, xxhash.xxh3_128_hexdigest(made.tobytes())
 
     digests, roots = together(comm, step, "while it compared its replicas", digest)
@@ -49,18 +49,19 @@ def compare(layout: Layout, buffers: Sequence[Buffer], comm: Comm, step: int) ->
     return Unequal(leaves, tuple(np.flatnonzero(found.any(axis=1)).tolist()))
 
 
-def warning(layout: Layout, unequal: Unequal) -> str:
-    """What to tell about it, with the first names and ranks."""
+def warning(layout: Layout, unequal: Unequal, first: str = "rank 0") -> str:
+    """What to tell about it, with the first names and ranks. `first`: whom they should be equal to."""
     names = ", ".join(layout.leaves[index].name for index in unequal.leaves[:10])
     more = f" and {len(unequal.leaves) - 10} more" if len(unequal.leaves) > 10 else ""
     ranks = ", ".join(map(str, unequal.ranks[:10])) + (", ..." if len(unequal.ranks) > 10 else "")
     return (
-        f"warning: ranks that should be equal are not: rank {ranks} differs from rank 0 in {names}{more};"
-        " rank 0's copy is saved"
+        f"warning: ranks that should be equal are not: rank {ranks} differs from {first} in {names}{more};"
+        f" the copy of {first} is saved"
     )
 
 
-def _digest(buffer: Buffer) -> int:
+def digest_of(buffer: Buffer) -> int:
+    """XXH3-64 of a tensor's bytes."""
     state = xxhash.xxh3_64()
     for at in range(0, buffer.nbytes, _PIECE):
         state.update(buffer.read(at, min(at + _PIECE, buffer.nbytes)).data)

@@ -24,6 +24,7 @@ from harness.checkpoint import ballot, commit, space, store
 from harness.checkpoint.agree import SaveFailed, attempt, describe, refusal, together
 from harness.checkpoint.ballot import Ballot, Decide, NoAnswer
 from harness.checkpoint.comm import Comm, Json
+from harness.checkpoint.copies import compare_copies
 from harness.checkpoint.engines import Engine
 from harness.checkpoint.exchange import exchange
 from harness.checkpoint.file import fit_head
@@ -73,7 +74,8 @@ class Saver:
         self._copied: Future[None] | None = None
         self._form: Form | None = None
         self._from_rank0: tuple[int, ...] = ()
-        self._holders: Holders | None = None
+        self._held: Holders | None = None
+        self._holders: Holders | None = None  # the same, but unequal copies have one holder
         self._parts: list[str] = []  # rank 0: the signatures of the parts that `_holders` knows
         self._asked: list[str] = []
         self._lease: Lease | None = None
@@ -280,17 +282,27 @@ class Saver:
                 self.lines.put(warning(form.layout, unequal))
         if verdict["gather"]:
             self._gather(step, form.layout, taken)
+        if form.layout.parted and (verdict["compare"] or verdict["gather"]):
+            self._compare_copies(step, form.layout, taken)
         return Order(step, verdict["number"], verdict["uuid"], self._directory / verdict["name"], form, taken, began)
 
     def _gather(self, step: int, layout: Layout, taken: Taken) -> None:
         """Learn which rank holds which part. Collective. Raises SaveFailed where they do not fit together."""
-        self._holders, self._parts = None, []
+        self._held, self._holders, self._parts = None, None, []
         try:
-            self._holders = gather_holders(layout, _parts(layout, taken.snapshot), self._comm)
+            self._held = self._holders = gather_holders(layout, _parts(layout, taken.snapshot), self._comm)
         except DataError as error:  # the same on all ranks
             told = f"the checkpoint of step {step} was not saved: {error.message}"
             raise SaveFailed(told, hint=error.hint) from error
         self._parts = self._asked
+
+    def _compare_copies(self, step: int, layout: Layout, taken: Taken) -> None:
+        """Of parts that several ranks hold. Collective. Raises SaveFailed."""
+        if self._held is not None and self._check_replicas and self._comm.size > 1:
+            parts = _parts(layout, taken.snapshot)
+            self._holders, unequal = compare_copies(self._held, parts, self._comm, step)
+            if unequal.leaves:
+                self.lines.put(warning(layout, unequal, "the first rank with the same part"))
 
     def _copy(self, order: Order) -> None:
         """Copy this rank's slice (in lazy mode: what may change before the fence), and start the writing."""

@@ -149,6 +149,10 @@ def state_bits(state: dict[str, Any]) -> Any:
     return bits({"model": state["model"].state_dict(), "optimizer": state["optimizer"].state_dict()["state"]})
 
 
+def _fail(*args: Any, **kwargs: Any) -> Any:
+    raise ZeroDivisionError("a bug")
+
+
 class Checks(Base):
     """The checks, with what they share."""
 
@@ -251,6 +255,75 @@ class Checks(Base):
                 assert "start anew from their seed" in told
             drawn = self.everywhere(state["rng"]._own["data"].get().tolist())
             assert len({str(words) for words in drawn}) == size, "no two ranks draw the same"
+
+    def check_copies_of_parts(self) -> None:
+        """Replicas of a model that is split along columns: rank = halves * replica + half."""
+        rank, size = self.comm.rank, self.comm.size
+        halves = max(1, size // 2)
+        part_of = regions(rank % halves, halves, turned=True)
+        for engine in self.all_engines:
+            manager = self.manager("copies", engine=engine)
+            state = {name: Shard(part(globally(1)[name], region), region) for name, region in part_of.items()}
+            manager.save(1, State(tensors=state))
+            assert not self.lines
+            restored = globally(99)
+            del restored["whole"]
+            manager.restore(State(tensors=restored))
+            assert bits(restored) == bits({name: globally(1)[name] for name in part_of}), engine
+            manager.close()
+            manager = self.manager("copies", engine=engine)
+            if rank == size - 1:
+                state["large"].tensor[5, 5] += 1
+                state["columns"].tensor.zero_()
+            for step in (1, 2):  # the second one does not compare
+                manager.save(step, State(tensors=state))
+                assert manager.restore(State(tensors=restored)) == step
+                assert bits(restored) == bits({name: globally(1)[name] for name in part_of}), engine
+            assert manager.restore(State(tensors=state)) == 2
+            assert as_bits(state) == bits({name: part(globally(1)[name], region) for name, region in part_of.items()})
+            if rank == 0:
+                (line,) = self.lines
+                assert f"rank {size - 1} differs from the first rank with the same part in tensors/" in line, line
+                assert "tensors/columns" in line and "tensors/large" in line and "rows" not in line
+            manager.close()
+
+    def check_a_rank_that_cannot_copy_keeps_nobody_waiting(self) -> None:
+        import harness.checkpoint.saving as module
+
+        rank, size = self.comm.rank, self.comm.size
+        for background in (False, True):
+            manager = self.manager("cannot", background=background)
+            state = parts(1, rank, size)
+            manager.save(1, State(tensors=state), wait=True)
+            for where, name, victim in (
+                (module.Staging, "fill", size - 1),
+                (module.Staging, "view", 0),
+                (module.Part, "read", 0),
+            ):
+                original = getattr(where, name)
+                if rank == victim:
+                    setattr(where, name, _fail)
+                message = self.fails(SaveFailed, partial(manager.save, 2, State(tensors=state), wait=True))
+                setattr(where, name, original)
+                assert f"rank {victim} on" in message and "ZeroDivisionError: a bug" in message, message
+            manager.save(2, State(tensors=state), wait=True)
+            restored = globally(99)
+            assert manager.restore(State(tensors=restored)) == 2
+            assert bits(restored) == bits(globally(1))
+            manager.close()
+
+    def check_lazy_saves(self) -> None:
+        rank, size = self.comm.rank, self.comm.size
+        manager = self.manager("lazy", background=True, lazy=True)
+        saved = layer(1, rank, size)
+        expected = state_bits(saved)
+        manager.save(1, State(**saved))
+        saved["optimizer"].step()  # waits
+        manager.wait()
+        state = layer(99, rank, size)
+        assert manager.restore(State(**state)) == 1
+        assert state_bits(state) == expected
+        manager.close()
 
     def check_parts_may_change_between_saves(self) -> None:
         rank, size = self.comm.rank, self.comm.size
