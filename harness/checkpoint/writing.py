@@ -116,9 +116,10 @@ class Writer:
         waited: float,
     ) -> Outcome:
         """Collective, in the sense that every rank does it. `error`: why this rank has no images."""
-        when, digests, elsewhere = "while it copied its part", {}, False
+        when, digests, elsewhere = "when it made the new file", {}, False
         try:
             elsewhere = not self._begin(order)
+            when = "while it copied its part"
             if error is None and copied is not None:
                 copied.result()
             if error is None and images is not None and not elsewhere:
