@@ -1,4 +1,6 @@
-"""The `harness` command: run, show, check, schema, ckpt. Parsing and order only; the work is in the other modules.
+"""The `harness` command: run, submit, status, logs, stop, show, check, schema, ckpt.
+
+Parsing and order only; the work is in the other modules.
 
 What a command needs is imported when it runs, so that `harness --help` answers at once.
 
@@ -40,6 +42,7 @@ def _launcher(value: str | None) -> str | None:
 
 
 ConfigPath = Annotated[Path, typer.Argument(metavar="CONFIG", help="A config file, or a run directory to go on with.")]
+RunPath = Annotated[Path, typer.Argument(metavar="RUN", help="A run directory, or a run's name below runs/.")]
 Overrides = Annotated[list[str] | None, typer.Argument(metavar="KEY=VALUE", help="Values to set, as optim.lr=3e-4.")]
 Ranks = Annotated[int | None, typer.Option("-n", "--ranks", min=1, help="Ranks in all.")]
 Hosts = Annotated[str | None, typer.Option("-H", "--hosts", metavar="A:2,B:2", help="Hosts and slots.")]
@@ -82,6 +85,45 @@ def run(
     plan = make_plan(settings, [os.path.abspath(settings.directory)])
     plan_batch(global_batch=settings.train.global_batch, ranks=plan.job.ranks, micro_batch=settings.train.micro_batch)
     return start(plan, open_run(settings))
+
+
+@app.command()
+def status(
+    path: Annotated[Path, typer.Argument(metavar="[RUN|DIR]", help="A run, or a directory with runs.")] = Path("runs"),
+    json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+) -> None:
+    """Tell the state of a run, or of all runs below a directory."""
+    from launch.runs import find_run
+    from launch.status import status as show_status
+
+    show_status(path if path.is_dir() else find_run(path).root, as_json=json)
+
+
+@app.command()
+def logs(
+    run: RunPath,
+    rank: Annotated[int | None, typer.Option("--rank", min=0, help="Whose log; rank 0's when not given.")] = None,
+    attempt: Annotated[int | None, typer.Option("--attempt", min=1, help="Of which start; the last one.")] = None,
+    follow: Annotated[bool, typer.Option("-f", "--follow", help="Go on until the run has ended.")] = False,
+) -> None:
+    """Print what a rank has printed."""
+    from launch.logs import show_logs
+    from launch.runs import find_run
+
+    show_logs(find_run(run), rank=rank, attempt=attempt, follow=follow)
+
+
+@app.command()
+def stop(
+    run: RunPath,
+    wait: Annotated[bool, typer.Option("--wait", help="Wait until it has ended.")] = False,
+    timeout: Annotated[float | None, typer.Option("--timeout", min=0, help="Seconds to wait at most.")] = None,
+) -> int:
+    """Ask a run to save its state and stop."""
+    from launch.runs import find_run
+    from launch.stop import stop as ask_to_stop
+
+    return ask_to_stop(find_run(run), wait=wait or timeout is not None, timeout=timeout)
 
 
 @app.command()

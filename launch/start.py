@@ -19,6 +19,7 @@ from contextlib import contextmanager
 from harness.errors import StorageError, Unavailable
 from harness.rundir import RunDir, storage_errors, write_json
 from launch import processes
+from launch.jobs import job_of
 from launch.plan import Plan
 from launch.report import Ending
 from launch.supervise import supervise
@@ -65,6 +66,7 @@ def _start(plan: Plan, run: RunDir) -> int:
             "time": time.time(),
             "run_id": run_id,
             "launcher": plan.job.launcher,
+            "slurm": job_of(os.environ),
             "mpi": str(plan.mpi) if plan.mpi else None,
             "hosts": {host.name: host.slots for host in plan.job.hosts},
             "ranks": plan.job.ranks,
