@@ -82,3 +82,17 @@ def test_files_that_are_named_exist() -> None:
     for config in re.findall(r"`(configs/[\w./]+\.yaml)`", README):
         if "NAME" not in config:
             assert (ROOT / config).exists(), config
+
+
+def test_the_diff_is_that_of_the_examples() -> None:
+    """Every line that it takes away or adds, in order; the docstring aside."""
+    import difflib
+
+    examples = ROOT / "tests" / "checkpoint" / "examples"
+    before, after = ((examples / name).read_text().splitlines() for name in ("before.py", "after.py"))
+    real = [line for line in difflib.unified_diff(before, after, lineterm="", n=0) if line[:1] in "-+"][2:]
+    ((_, shown),) = blocks("diff")
+    told = [line for line in shown.splitlines() if line[:1] in "-+"]
+    assert sorted(told) == sorted(line for line in real if '"""' not in line and line.strip("-+"))
+    kept = [line[1:] for line in shown.splitlines() if line[:1] == " " and line.strip()]
+    assert set(kept) <= set(before) & set(after)
