@@ -211,6 +211,10 @@ class Checkpoint(Section):
     """How long a save waits for a rank before it names it and is given up."""
     check_replicas: Count = 10
     """At the first checkpoint and every n-th: are all ranks' parameters and optimizer states the same? 0: never."""
+    strict: bool = False
+    """Where they are not: an error and no checkpoint, instead of rank 0's copy and a warning."""
+    buffers: Literal["rank0", "average"] = "rank0"
+    """What becomes of statistics that differ between ranks (batch normalization), at each save and evaluation."""
     resume: bool = True
     """Go on from the newest valid checkpoint of the run directory."""
 

@@ -25,7 +25,7 @@ def evaluate(job: Job) -> dict[str, float]:
     """
     if job.eval_batches is None:
         return {}
-    job.world.broadcast_tensors(job.model.named_buffers(), "eval/buffers")
+    job.align_buffers("eval/buffers")
     job.model.eval()
     sums: dict[str, torch.Tensor] = {}
     count = 0

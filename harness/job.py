@@ -79,6 +79,12 @@ class Job:
             extra=extra,
         )
 
+    def align_buffers(self, name: str) -> None:
+        """Make the model's buffers the same on all ranks, as `checkpoint.buffers` says. Collective."""
+        if self.config.checkpoint.buffers == "average":
+            self.world.average_tensors(self.model.named_buffers(), f"{name}/average")
+        self.world.broadcast_tensors(self.model.named_buffers(), name)  # also those that have no mean
+
     def close(self) -> None:
         """End the evaluation's loader workers and the checkpoint manager. Collective."""
         if self.eval_batches is not None:
@@ -170,6 +176,7 @@ def build(config: Config, run: RunDir, attempt: int, world: World, clock: Clock)
             busy=settings.busy,
             timeout=settings.timeout,
             check_replicas=settings.check_replicas,
+            strict=settings.strict,
             log=sinks.say,
             saved=lambda outcome: sinks.record(
                 "checkpoint", outcome.step, path=str(outcome.path), seconds=outcome.seconds, waited=outcome.waited

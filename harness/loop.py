@@ -174,7 +174,7 @@ def save(job: Job, done: int, *, wait: bool | None = None) -> None:
     """Make a checkpoint; `wait`: until it is durable. Collective; raises StorageError on all ranks alike."""
     with job.clock("checkpoint"):
         job.request.granted()
-        job.world.broadcast_tensors(job.model.named_buffers(), "save/buffers")
+        job.align_buffers("save/buffers")
         metrics = job.evaluated if job.progress.evaluated == done else None
         job.manager.save(done, job.state(job.extra()), metrics, wait=wait)
 

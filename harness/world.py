@@ -79,6 +79,22 @@ class World:
                 hvd.synchronize(handle)
                 tensor.copy_(flat.view(tensor.dtype).view(tensor.shape))
 
+    def average_tensors(self, tensors: Iterable[tuple[str, torch.Tensor]], name: str) -> None:
+        """The mean over all ranks, in place, of those tensors that are of a float type. Collective."""
+        if self.size == 1:
+            return
+        import horovod.torch as hvd
+        import torch
+
+        with torch.no_grad():
+            waiting = []
+            for key, tensor in tensors:
+                if tensor.numel() and tensor.is_floating_point():
+                    mean = tensor.detach().double().contiguous()  # Horovod knows no bf16, and fp16 would overflow
+                    waiting.append((tensor, hvd.allreduce_async_(mean, name=f"{name}/{key}", op=hvd.Average)))
+            for tensor, handle in waiting:
+                tensor.copy_(hvd.synchronize(handle))
+
 
 def bring_up(environment: Environment, settings: Settings, directory: Path, *, exact: bool = True) -> World:
     """Join the other ranks. Collective. `exact`: the same sums in every run.

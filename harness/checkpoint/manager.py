@@ -50,6 +50,7 @@ class Manager:
     busy: what a save does while an earlier one is under way: "skip" it, or "wait" for the earlier one.
     timeout: seconds after which ranks that did not come are named and the save is given up.
     check_replicas: at the first save and every n-th after it, compare the replicas of all ranks; 0 never does.
+    strict: replicas that are not equal are an error, and nothing is saved; else rank 0's copy is, with a warning.
     info: JSON that is put into every manifest.
     log: gets a line for the user, on rank 0 only. None: a warning of the logger "harness.checkpoint".
     saved: called on rank 0 with the `Outcome` of each save that succeeded, from within a later call of this object.
@@ -70,6 +71,7 @@ class Manager:
         busy: Literal["skip", "wait"] = "skip",
         timeout: float = 600.0,
         check_replicas: int = 10,
+        strict: bool = False,
         info: Mapping[str, Json] | None = None,
         log: Callable[[str], None] | None = None,
         saved: Callable[[Outcome], None] | None = None,
@@ -88,6 +90,7 @@ class Manager:
             keep=keep_last(3) if keep is None else keep,
             timeout=timeout,
             check_replicas=check_replicas,
+            strict=strict,
             lazy=lazy,
             info=info or {},
         )
@@ -153,7 +156,7 @@ class Manager:
         self._saver.fence()
 
     def claim(self) -> None:
-        """Make sure now, rather than at the first save, that no other job saves here. Raises StorageError."""
+        """Make sure now, rather than at the first save, that no other job saves here. Raises InUse, StorageError."""
         self._saver.claim()
         self._flush()
 

@@ -44,20 +44,17 @@ def compare(layout: Layout, buffers: Sequence[Buffer], comm: Comm, step: int) ->
     reference: Any = comm.broadcast(digests.tobytes().hex())
     differs = digests != np.frombuffer(bytes.fromhex(reference), "<u8")
     masks: list[Any] = comm.all_gather(np.packbits(differs).tobytes().hex())
-    found = np.array([np.unpackbits(np.frombuffer(bytes.fromhex(mask), np.uint8))[: len(shared)] for mask in masks])
-    leaves = tuple(shared[position] for position in np.flatnonzero(found.any(axis=0)))
-    return Unequal(leaves, tuple(np.flatnonzero(found.any(axis=1)).tolist()))
+    masked = np.array([np.unpackbits(np.frombuffer(bytes.fromhex(mask), np.uint8))[: len(shared)] for mask in masks])
+    leaves = tuple(shared[position] for position in np.flatnonzero(masked.any(axis=0)))
+    return Unequal(leaves, tuple(np.flatnonzero(masked.any(axis=1)).tolist()))
 
 
-def warning(layout: Layout, unequal: Unequal, first: str = "rank 0") -> str:
-    """What to tell about it, with the first names and ranks. `first`: whom they should be equal to."""
+def found(layout: Layout, unequal: Unequal, first: str) -> str:
+    """What was found, with the first names and ranks. `first`: whom they should be equal to."""
     names = ", ".join(layout.leaves[index].name for index in unequal.leaves[:10])
     more = f" and {len(unequal.leaves) - 10} more" if len(unequal.leaves) > 10 else ""
     ranks = ", ".join(map(str, unequal.ranks[:10])) + (", ..." if len(unequal.ranks) > 10 else "")
-    return (
-        f"warning: ranks that should be equal are not: rank {ranks} differs from {first} in {names}{more};"
-        f" the copy of {first} is saved"
-    )
+    return f"ranks that should be equal are not: rank {ranks} differs from {first} in {names}{more}"
 
 
 def digest_of(buffer: Buffer) -> int:

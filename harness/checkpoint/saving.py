@@ -30,11 +30,11 @@ from harness.checkpoint.exchange import exchange
 from harness.checkpoint.file import fit_head
 from harness.checkpoint.holders import Holders, gather_holders, signature
 from harness.checkpoint.layout import Layout, lay_out
-from harness.checkpoint.lease import Lease
+from harness.checkpoint.lease import InUse, Lease
 from harness.checkpoint.manifest import Manifest
 from harness.checkpoint.plan import make_plan
 from harness.checkpoint.policy import Keep
-from harness.checkpoint.replicas import compare, warning
+from harness.checkpoint.replicas import Unequal, compare, found
 from harness.checkpoint.schema import schema_lines
 from harness.checkpoint.snapshot import Snapshot
 from harness.checkpoint.staging import Image, Staging
@@ -60,11 +60,13 @@ class Saver:
         keep: Keep,
         timeout: float,
         check_replicas: int,
+        strict: bool,
         lazy: bool,
         info: Mapping[str, Json],
     ) -> None:
         self._directory, self._comm, self._engine = directory, comm, engine
         self._keep, self._timeout, self._check_replicas, self._info = keep, timeout, check_replicas, info
+        self._strict = strict
         self._lazy = lazy and engine.background
         self.lines: queue.SimpleQueue[str] = queue.SimpleQueue()
         """What there is to tell, from both threads."""
@@ -142,13 +144,11 @@ class Saver:
             self._copied.exception()
 
     def claim(self) -> None:
-        """Take the directory's lease now. Collective. Raises StorageError, on all ranks alike, where another has it."""
-        told: Any = None
-        if self._comm.rank == 0:
-            told = describe(attempt(self._claim)[1])
-        told = self._comm.broadcast(told)
-        if told is not None:
-            raise StorageError(told["message"], hint=told["hint"])
+        """Take the directory's lease now. Collective. Raises InUse, StorageError, on all ranks alike."""
+        error = attempt(self._claim)[1] if self._comm.rank == 0 else None
+        told: Any = self._comm.broadcast([describe(error), isinstance(error, InUse)])
+        if told[0] is not None:
+            raise (InUse if told[1] else StorageError)(told[0]["message"], hint=told[0]["hint"]) from error
 
     def close(self) -> None:
         """Give everything back; a save that is under way ends before. Local."""
@@ -278,8 +278,7 @@ class Saver:
             buffers = [taken.snapshot.buffers[leaf.name] for leaf in form.layout.leaves]
             unequal = compare(form.layout, buffers, self._comm, step)
             self._from_rank0 = unequal.leaves
-            if unequal.leaves:
-                self.lines.put(warning(form.layout, unequal))
+            self._tell_unequal(step, form.layout, unequal, "rank 0")
         if verdict["gather"]:
             self._gather(step, form.layout, taken)
         if form.layout.parted and (verdict["compare"] or verdict["gather"]):
@@ -301,8 +300,16 @@ class Saver:
         if self._held is not None and self._check_replicas and self._comm.size > 1:
             parts = _parts(layout, taken.snapshot)
             self._holders, unequal = compare_copies(self._held, parts, self._comm, step)
-            if unequal.leaves:
-                self.lines.put(warning(layout, unequal, "the first rank with the same part"))
+            self._tell_unequal(step, layout, unequal, "the first rank with the same part")
+
+    def _tell_unequal(self, step: int, layout: Layout, unequal: Unequal, first: str) -> None:
+        """A warning, or SaveFailed where that is asked for: the same on all ranks."""
+        if not unequal.leaves:
+            return
+        told = found(layout, unequal, first)
+        if self._strict:
+            raise SaveFailed(f"the checkpoint of step {step} was not saved: {told}")
+        self.lines.put(f"warning: {told}; the copy of {first} is saved")
 
     def _copy(self, order: Order) -> None:
         """Copy this rank's slice (in lazy mode: what may change before the fence), and start the writing."""

@@ -196,7 +196,7 @@ class Writer:
             aliases=taken.snapshot.aliases,
             state=taken.snapshot.record,
             metrics=taken.metrics,
-            info={"engine": self.engine.name, **self.info},
+            info={"engine": self.engine.name, "tensors": len(form.layout.leaves), **self.info},
         )
         text = render(manifest)
         commit.seal(order.temporary, form.layout, form.head, table, order.identity, order.step)

@@ -190,6 +190,10 @@ class Checks:
             restored = big_state(seed=3)
             manager.restore(State(**restored))
             assert as_bits(restored) == as_bits(trained_state())
+            strict = self.manager("unequal", engine=engine, strict=True)
+            message = self.fails(SaveFailed, lambda: strict.save(2, State(**state)))  # noqa: B023
+            assert f"rank {last} differs from rank 0 in optimizer/norm.weight/exp_avg" in message
+            assert not (self.root / "unequal" / "step-00000002").exists()
 
     def check_a_failure_on_one_rank_is_told_to_all(self) -> None:
         from harness.checkpoint import saving, writing

@@ -62,6 +62,20 @@ def test_broadcast_of_every_dtype_and_layout(world: World) -> None:
         assert mine[name].stride() == strides[name], name
 
 
+def test_the_mean_of_tensors(world: World) -> None:
+    tensors = {
+        "half": torch.full((3,), 60000.0, dtype=torch.float16),
+        "bf16": torch.tensor([float(world.rank)], dtype=torch.bfloat16),
+        "strided": torch.full((4, 2), float(world.rank)).t(),
+        "count": torch.tensor(world.rank),
+    }
+    world.average_tensors(tensors.items(), "test/average")
+    mean = (world.size - 1) / 2
+    assert tensors["half"].tolist() == [60000.0] * 3, "the sum would not fit"
+    assert tensors["bf16"].item() == mean and torch.equal(tensors["strided"], torch.full((2, 4), mean))
+    assert tensors["count"].item() == world.rank, "a count has no mean"
+
+
 def test_json_collectives(world: World) -> None:
     assert world.comm.broadcast({"rank": world.rank, "x": [1.5, None, "ä"]}) == {"rank": 0, "x": [1.5, None, "ä"]}
     assert world.comm.all_gather([world.rank, "é" * world.rank]) == [[r, "é" * r] for r in range(world.size)]
