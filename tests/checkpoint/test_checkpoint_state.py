@@ -46,6 +46,7 @@ OPTIMIZERS: dict[str, Any] = {
     "LBFGS, line search": lambda p: torch.optim.LBFGS(p, max_iter=3, line_search_fn="strong_wolfe"),
     "Muon": lambda p: torch.optim.Muon([parameter for parameter in p if parameter.ndim == 2], lr=0.01),
 }
+OPTIMIZERS = {name: make for name, make in OPTIMIZERS.items() if hasattr(torch.optim, name.partition(",")[0])}
 ELSEWHERE = {"SparseAdam"}
 """Tested with sparse gradients, below."""
 
