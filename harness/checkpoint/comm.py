@@ -13,9 +13,11 @@ on all of them, so that no rank is left waiting.
 
 from __future__ import annotations
 
+import atexit
 import itertools
 import json
 import sys
+import time
 from collections.abc import Sequence
 from typing import Any, Protocol, TypeAlias
 
@@ -165,6 +167,8 @@ def detect() -> Comm:
         hvd = None
     if hvd is not None and mpi is None and hvd.size() > 1 and hvd.mpi_enabled():
         from mpi4py import MPI as mpi  # Horovod runs over MPI: join it
+
+        leave_together(sys.modules["mpi4py.MPI"].COMM_WORLD)
     if mpi is not None and mpi.Is_initialized() and not mpi.Is_finalized():
         world = mpi.COMM_WORLD
         if world.Get_size() > 1 and (hvd is None or hvd.size() == world.Get_size()):
@@ -181,7 +185,29 @@ def detect() -> Comm:
     return Single()
 
 
+def leave_together(world: Any) -> None:
+    """At this process's end, wait a moment for the other ranks to come to theirs. Collective.
+
+    Horovod that began MPI ends it on all ranks once one of them is at its end, in a thread, and MPI then ends HDF5. A
+    rank that is not so far would lose the library under its hands, and crash in h5py's own clean-up. Hooks run in
+    reverse order: this one after h5py's, which is imported later, and before Horovod's.
+    """
+    own = world.Dup()
+
+    def wait() -> None:
+        if sys.modules["mpi4py.MPI"].Is_finalized() or hasattr(sys, "last_value"):
+            return  # all is over, or an exception ends this rank: the others may be waiting for it elsewhere
+        request = own.Ibarrier()
+        deadline = time.monotonic() + _LEAVING
+        while not request.Test() and time.monotonic() < deadline:
+            time.sleep(0.001)
+
+    atexit.register(wait)
+
+
 _FAILED = -1
+_LEAVING = 5.0
+"""Seconds."""
 
 
 def _encode(value: Json) -> tuple[Bytes, int]:

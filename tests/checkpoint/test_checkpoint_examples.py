@@ -200,3 +200,26 @@ def test_an_interrupted_epoch_goes_on_with_the_next_sample(tmp_path: Path) -> No
     assert not all(np.array_equal(a[name].numpy(), c[name].numpy()) for name in a), (
         "one rank draws other random numbers"
     )
+
+
+@pytest.mark.mpi
+@needs_mpirun
+def test_a_rank_that_ends_first_does_not_end_hdf5_for_the_others(tmp_path: Path) -> None:
+    """Horovod began MPI here, and ends it on all ranks at the end of one; h5py on rank 0 would crash."""
+    code = """
+import io, sys, time
+import horovod.torch as hvd
+hvd.init()
+import torch
+from harness.checkpoint import Manager, State
+manager = Manager(sys.argv[1])
+manager.save(1, State(x={"a": torch.ones(3)}))
+manager.close()
+import h5py
+end = time.monotonic() + 1
+while hvd.rank() == 0 and time.monotonic() < end:
+    with h5py.File(io.BytesIO(), "w") as file:
+        file["x"] = [1, 2, 3]
+"""
+    done = ranks(2, ["-c", code, str(tmp_path)])
+    assert done.returncode == 0, done.stdout + done.stderr
