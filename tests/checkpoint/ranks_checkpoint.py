@@ -7,6 +7,7 @@ Every function called `check_...` is one test, run in turn by all ranks; the fir
 
 from __future__ import annotations
 
+import itertools
 import os
 import shutil
 import sys
@@ -57,6 +58,20 @@ def trained_state(seed: int = 1) -> dict[str, Any]:
 
 def as_bits(state: dict[str, Any]) -> dict[str, Any]:
     return bits({name: item.state_dict() if hasattr(item, "state_dict") else item for name, item in state.items()})
+
+
+def fails_at(at: int, original: Callable[..., Any], *, late: bool) -> Callable[..., Any]:
+    """A function whose call number `at` fails: before it does anything, or `late`, after."""
+    calls = itertools.count()
+
+    def call(*args: Any) -> Any:
+        fails = next(calls) == at
+        result = None if fails and not late else original(*args)
+        if fails:
+            raise OSError(5, "Input/output error")
+        return result
+
+    return call
 
 
 class Checks:
@@ -231,6 +246,29 @@ class Checks:
             state = big_state(seed=3)
             assert manager.restore(State(**state)) == 1
             manager.save(2, State(**trained_state(2)))
+            assert manager.restore(State(**state)) == 2
+            assert as_bits(state) == as_bits(trained_state(2))
+
+    def check_a_transfer_that_fails_in_the_middle(self) -> None:
+        """Of mpio: other ranks are in the same collective transfer, or in later ones, and do not wait for ever."""
+        for engine in self.all_engines[1:]:
+            manager = self.manager("transfer", engine=engine)
+            moving = sys.modules[type(manager.engine).__module__]
+            original, calls = moving._select, itertools.count()
+            moving._select = lambda *args, original=original, calls=calls: (next(calls), original(*args))[1]
+            manager.save(1, State(**trained_state()))
+            moving._select = original
+            made: Any = self.everywhere(next(calls))
+            cases = [(victim, at) for victim in {0, self.comm.size - 1} for at in {0, made[victim] - 1}]
+            for name, (victim, at) in itertools.product(("_select", "_move"), cases):
+                original = getattr(moving, name)
+                if self.comm.rank == victim:
+                    setattr(moving, name, fails_at(at, original, late=name == "_move"))
+                message = self.fails(SaveFailed, partial(manager.save, 2, State(**trained_state(2))))
+                setattr(moving, name, original)
+                assert f"rank {victim} on" in message and "Input/output error" in message, message
+            manager.save(2, State(**trained_state(2)))
+            state = big_state(seed=3)
             assert manager.restore(State(**state)) == 2
             assert as_bits(state) == as_bits(trained_state(2))
 

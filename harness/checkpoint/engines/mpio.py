@@ -12,7 +12,7 @@ import sys
 import threading
 from collections.abc import Callable, Iterable
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -80,6 +80,14 @@ class Mpio:
         return digests
 
 
+class _Selection(NamedTuple):
+    """h5py's objects: which elements of which data set, and how many there are in memory."""
+
+    dataset: Any
+    memory: Any
+    space: Any
+
+
 def _write_alone(file: Any, layout: Layout, images: Iterable[Image], mpi: Any) -> dict[int, int]:
     digests: dict[int, int] = {}
     transfer = _transfer(collective=False)
@@ -115,11 +123,18 @@ def _write_together(file: Any, layout: Layout, images: Iterable[Image], mpi: Any
     for leaf in np.flatnonzero(calls).tolist():
         parts = mine.get(leaf, [])
         for number in range(calls[leaf]):
+            # What fails before the transfer leaves it to take part in; a transfer that fails has been taken part in.
             try:
-                if failure is None and number < len(parts):
-                    _write(file, layout, *parts[number], together)
+                given = parts[number] if failure is None and number < len(parts) else None
+                selected = None if given is None else _select(file, layout, given[0])
+            except Exception as error:
+                failure = failure or error
+                given = selected = None
+            try:
+                if given is None or selected is None:
+                    _move(_select_nothing(file, layout, leaf), np.empty(1, np.uint8), together)
                 else:
-                    _take_part(file, layout, leaf, together)
+                    _move(selected, given[1], together)
             except Exception as error:
                 failure = failure or error
     if failure is not None:
@@ -145,28 +160,36 @@ def _pieces(layout: Layout, image: Image) -> Iterable[tuple[Piece, Bytes]]:
 
 
 def _write(file: Any, layout: Layout, piece: Piece, data: Bytes, transfer: Any) -> None:
-    """One transfer of the elements as they are: memory type and file type are the same, nothing is converted."""
+    _move(_select(file, layout, piece), data, transfer)
+
+
+def _select(file: Any, layout: Layout, piece: Piece) -> _Selection:
     from h5py import h5d, h5s
 
     leaf = layout.leaves[piece.leaf]
     dataset = h5d.open(file, leaf.name.encode())
-    kind, space = dataset.get_type(), dataset.get_space()
-    count = len(data) // leaf.itemsize
-    if leaf.shape:
-        # The boxes follow each other in the file and in memory, so their union is in the order of the bytes.
-        space.select_none()
-        for start, extent in boxes(leaf.shape, piece.lo // leaf.itemsize, piece.hi // leaf.itemsize):
-            space.select_hyperslab(start, extent, op=h5s.SELECT_OR)
-    memory = h5s.create_simple((count,)) if leaf.shape else h5s.create(h5s.SCALAR)
-    dataset.write(memory, space, data, kind, transfer)
+    if not leaf.shape:
+        return _Selection(dataset, h5s.create(h5s.SCALAR), dataset.get_space())
+    space, lo, hi = dataset.get_space(), piece.lo // leaf.itemsize, piece.hi // leaf.itemsize
+    # The boxes follow each other in the file and in memory, so their union is in the order of the bytes.
+    space.select_none()
+    for start, extent in boxes(leaf.shape, lo, hi):
+        space.select_hyperslab(start, extent, op=h5s.SELECT_OR)
+    return _Selection(dataset, h5s.create_simple((hi - lo,)), space)
 
 
-def _take_part(file: Any, layout: Layout, leaf: int, transfer: Any) -> None:
-    """A collective transfer to which this rank gives nothing."""
+def _select_nothing(file: Any, layout: Layout, leaf: int) -> _Selection:
+    """For a collective transfer to which this rank gives nothing."""
     from h5py import h5d, h5s
 
     dataset = h5d.open(file, layout.leaves[leaf].name.encode())
     space, memory = dataset.get_space(), h5s.create_simple((1,))
     space.select_none()
     memory.select_none()
-    dataset.write(memory, space, np.empty(1, np.uint8), dataset.get_type(), transfer)
+    return _Selection(dataset, memory, space)
+
+
+def _move(selection: _Selection, data: Bytes, transfer: Any) -> None:
+    """One transfer of the elements as they are: memory type and file type are the same, nothing is converted."""
+    dataset, memory, space = selection
+    dataset.write(memory, space, data, dataset.get_type(), transfer)
