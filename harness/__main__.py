@@ -20,6 +20,7 @@ from harness.errors import Exit, HarnessError, InternalError, Stopped, Unavailab
 from harness.failure import code_of, leave, record
 from harness.log import redirect
 from harness.rundir import Attempt, RunDir, open_run, storage_errors
+from harness.stop import listen
 
 if TYPE_CHECKING:
     from harness.config import Config
@@ -44,6 +45,7 @@ def main() -> None:
             print(f"error on {environment.host}: {error}", file=sys.stderr, flush=True)
         sys.exit(error.code)
     rank = Rank(config, environment)
+    listen(config.stop.signals)
     try:
         rank.run()
         rank.finish(Exit.FINISHED)

@@ -228,6 +228,25 @@ class Log(Section):
     """Write TensorBoard events to `<run_dir>/tensorboard` (needs the extra `harness[tensorboard]`)."""
 
 
+class Stop(Section):
+    """What makes a run save its state and stop, with exit code 75: a signal, the clock, or `harness stop`."""
+
+    signals: list[Literal["TERM", "INT", "USR1", "USR2"]] = ["TERM", "INT", "USR1", "USR2"]
+    """Signals to any rank. Not USR1 where NCCL is used."""
+    time: Duration | None = None
+    """Stop so long after the start, as 1h; an allocation's end counts in any case."""
+    margin: Duration = 30.0
+    """How long before that, besides what a log interval and a save have been seen to take."""
+
+    @model_validator(mode="after")
+    def _room(self) -> Stop:
+        if self.time is not None and self.time <= self.margin:
+            raise ValueError(
+                f"time ({self.time:g} s) is not longer than margin ({self.margin:g} s): the run would stop at once"
+            )
+        return self
+
+
 class Launch(Section):
     """How ranks are started. The command line's `-n`, `-H`, `--hostfile` and `--launcher` come before these."""
 
@@ -310,6 +329,7 @@ class Config(Section):
     horovod: Horovod = Horovod()
     checkpoint: Checkpoint = Checkpoint()
     log: Log = Log()
+    stop: Stop = Stop()
     launch: Launch = Launch()
     slurm: Slurm = Slurm()
 

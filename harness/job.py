@@ -17,6 +17,7 @@ import torch
 from harness.batch import BatchPlan, plan_batch
 from harness.checkpoint import Manager, State
 from harness.checkpoint.rules import keep_rule
+from harness.checkpoint.writing import Outcome
 from harness.clock import Clock
 from harness.config import Config
 from harness.data import EvalBatches, check_dataset
@@ -26,7 +27,7 @@ from harness.optim import make_optimizer, peak_lr
 from harness.order import Order
 from harness.rundir import RunDir
 from harness.sinks import Sinks, open_sinks
-from harness.stop import SaveRequest, StopRequest
+from harness.stop import SaveRequest, StopRequest, deadline
 from harness.task import Task, make_task
 from harness.update import Update
 from harness.world import World
@@ -130,13 +131,19 @@ def build(config: Config, run: RunDir, attempt: int, world: World, clock: Clock)
         task.parameters(model), config.optim, lr=peak_lr(config.optim, config.train.global_batch)
     )
     steps = total_steps(config, samples)
+    stop = StopRequest(
+        run.stop if world.is_root else None,
+        signals=config.stop.signals,
+        ends=deadline(config.stop.time) if world.is_root else None,
+        margin=config.stop.margin,
+    )
     sinks = open_sinks(config, run, attempt=attempt, world_size=world.size, steps=steps) if world.is_root else Sinks([])
     return Job(
         config=config,
         run=run,
         world=world,
         clock=clock,
-        stop=StopRequest(run.stop if world.is_root else None),
+        stop=stop,
         request=SaveRequest(run.save if world.is_root else None, config.checkpoint.interval),
         sinks=sinks,
         task=task,
@@ -178,11 +185,14 @@ def build(config: Config, run: RunDir, attempt: int, world: World, clock: Clock)
             check_replicas=settings.check_replicas,
             strict=settings.strict,
             log=sinks.say,
-            saved=lambda outcome: sinks.record(
-                "checkpoint", outcome.step, path=str(outcome.path), seconds=outcome.seconds, waited=outcome.waited
-            ),
+            saved=lambda outcome: _saved(sinks, stop, outcome),
         ),
     )
+
+
+def _saved(sinks: Sinks, stop: StopRequest, outcome: Outcome) -> None:
+    stop.saved(outcome.seconds)
+    sinks.record("checkpoint", outcome.step, path=str(outcome.path), seconds=outcome.seconds, waited=outcome.waited)
 
 
 def seed_generators(*key: int) -> None:

@@ -89,7 +89,8 @@ def train(job: Job) -> None:
                 try_to_save(job, done)
             if stop:
                 save(job, done, wait=True)
-                raise Stopped(f"stopped at step {done} of {job.steps}, state saved")
+                why = job.stop.reason or "a signal to another rank"
+                raise Stopped(f"stopped at step {done} of {job.steps} ({why}), state saved")
     save(job, job.progress.step, wait=True)  # before anything of the task that may fail
     finish(job, started)
 

@@ -72,6 +72,7 @@ def run(
     hostfile: Hostfile = None,
     launcher: Launcher = None,
     site: Sites = None,
+    time: Annotated[str | None, typer.Option("--time", metavar="1h", help="Save and stop in so long.")] = None,
 ) -> int:
     """Start a run, or go on with it, and stay until it ends. Ctrl-C saves and stops."""
     from harness.batch import plan_batch
@@ -79,12 +80,14 @@ def run(
     from harness.rundir import open_run
     from launch.plan import make_plan
     from launch.start import start
+    from launch.timelimit import time_limit
 
     values = [*(overrides or []), *_flags(ranks, hosts, hostfile, launcher)]
+    values += [f"stop.time={time}"] if time is not None else []
     settings = resolve(config, values, sites=site or []).config
     plan = make_plan(settings, [os.path.abspath(settings.directory)])
     plan_batch(global_batch=settings.train.global_batch, ranks=plan.job.ranks, micro_batch=settings.train.micro_batch)
-    return start(plan, open_run(settings))
+    return start(plan.with_env(time_limit(settings.stop)), open_run(settings))
 
 
 @app.command()

@@ -7,6 +7,7 @@ Not here: writing batch scripts (`slurm.py`), submitting them (`submit.py`).
 
 from __future__ import annotations
 
+import os
 import re
 import shutil
 import subprocess
@@ -89,7 +90,13 @@ def ask(argv: Sequence[str]) -> str:
         return ""
     try:
         done = subprocess.run(
-            list(argv), capture_output=True, text=True, errors="replace", timeout=PATIENCE, stdin=subprocess.DEVNULL
+            list(argv),
+            capture_output=True,
+            text=True,
+            errors="replace",
+            timeout=PATIENCE,
+            stdin=subprocess.DEVNULL,
+            env=os.environ | {"SLURM_TIME_FORMAT": "standard"},
         )
     except (OSError, subprocess.TimeoutExpired):
         return ""

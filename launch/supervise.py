@@ -171,7 +171,8 @@ def _follow(
 
 def _ask_to_stop(run: RunDir, then: str) -> None:
     try:
-        run.stop.write_text("signal\n")  # what a person makes says something else, or nothing
+        with contextlib.suppress(FileExistsError), open(run.stop, "x") as file:
+            file.write("signal\n")  # what a person makes says something else, or nothing
     except OSError as error:
         _say(f"the stop file {run.stop} cannot be written ({error.strerror}); {then}")
     else:
