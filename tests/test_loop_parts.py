@@ -147,6 +147,8 @@ def test_early_stopping_where_no_value_is_finite(tmp_path: Path, capsys: pytest.
 class StopAt:
     """Asks for a stop at the given log interval."""
 
+    reason = "the test"
+
     def __init__(self, interval: int) -> None:
         self.left = interval
 

@@ -78,6 +78,8 @@ def finish(job: Job) -> None:
 class StopAt:
     """Asks for a stop when the given step is logged."""
 
+    reason = "the test"
+
     def __init__(self, step: int) -> None:
         self.left = step
 
