@@ -86,6 +86,30 @@ def test_every_byte_is_written_by_exactly_one_rank(leaves: list[Leaf], size: int
     assert not free or max(free) - min(free) <= 1, "what can be shared is shared evenly"
 
 
+@given(st.lists(st.integers(0, 1 << 44), min_size=1, max_size=6), st.integers(1, 5000), st.data())
+@settings(max_examples=60, deadline=None)
+def test_sizes_beyond_32_bits(sizes: list[int], ranks: int, data: st.DataObject) -> None:
+    """Neighbouring ranks' runs meet, and what a rank has of a tensor is what its runs and the tensor have in common."""
+    layout = lay_out([Leaf(f"t{i}", "uint8", (size,)) for i, size in enumerate(sizes)])
+    rank = data.draw(st.integers(0, ranks - 1))
+    plans = [make_plan(layout, rank=one, size=ranks).runs for one in (rank, min(rank + 1, ranks - 1))]
+    assert len(plans[0]) <= 1 and (
+        rank + 1 == ranks or not plans[0] or not plans[1] or plans[0][0][1] == plans[1][0][0]
+    )
+    for first, last in plans[0]:
+        lo, hi = layout.block_range(first)[0], layout.block_range(last - 1)[1]
+        assert (lo - layout.data_start) % layout.block == 0 and hi <= layout.data_end
+        assert abs((hi - lo) - (layout.data_end - layout.data_start) / ranks) <= layout.block
+        pieces = list(layout.pieces(lo, hi))
+        for piece in pieces:
+            assert 0 <= piece.lo < piece.hi <= layout.leaves[piece.leaf].nbytes
+            assert piece.offset == int(layout.starts[piece.leaf]) + piece.lo
+        shared = [
+            max(0, min(hi, int(end)) - max(lo, int(at))) for at, end in zip(layout.starts, layout.ends, strict=True)
+        ]
+        assert sum(piece.hi - piece.lo for piece in pieces) == sum(shared)
+
+
 @given(trees(), st.integers(0, 1 << 20), st.integers(0, 1 << 20))
 @settings(max_examples=100, deadline=None)
 def test_pieces_of_a_range_are_the_parts_of_leaves_in_it(leaves: list[Leaf], a: int, b: int) -> None:
