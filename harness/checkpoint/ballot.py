@@ -23,16 +23,20 @@ from pathlib import Path
 from typing import Any, Protocol, TypeAlias
 
 import numpy as np
+import xxhash
 
 from harness.checkpoint.agree import LEFT_OUT, VISIBLE
 from harness.checkpoint.comm import MAX_MESSAGE, Comm, Json
 from harness.checkpoint.commit import make_directories
+from harness.checkpoint.file import write_all
 from harness.errors import InternalError, StorageError, Unavailable
 
 Decide: TypeAlias = Callable[[Mapping[int, Json], "list[int]"], Json]
 """(messages by rank, missing ranks) -> verdict. Called on rank 0 only; must not raise."""
 
 _FOLDER = ".votes-"
+_ROOM = 16 << 10
+"""Bytes of a file for one rank's messages, at least."""
 _PATIENCE = 2.0
 """The others wait this many times the deadline: rank 0 may need all of it, and then decides."""
 
@@ -242,13 +246,16 @@ class _ByMpi(_Between):
 class _ByFiles(_Between):
     """A small file per rank, for ranks between which there is no MPI, or none that every thread may use.
 
-    `<rank>.json` is that rank's message, `0.json` the verdict. They are replaced by rename and never removed before the
-    end, because a file that is opened is looked up by NFS, and one that was not there a moment ago may not be.
+    `<rank>` is that rank's message, `0` the verdict. They are written in place, with a checksum that tells a reader
+    whether it has seen all of it: so the vote that a disk is full needs no room on it. NFS looks at a file anew when it
+    is opened; for one that was not there a moment ago, or was renamed, that may take a while.
     """
 
     def __init__(self, directory: Path, rank: int, size: int) -> None:
         self.directory, self.rank, self.size = directory, rank, size
         self._answered: dict[int, int] = {}
+        with suppress(OSError):  # room for later
+            self._write([-1, 0, []] if rank else [-1, {}, None])
 
     def close(self) -> None:
         if self.rank == 0:
@@ -277,19 +284,28 @@ class _ByFiles(_Between):
             yield found[0], found[1].get(str(self.rank)), found[2]
 
     def _read(self, rank: int) -> Any:
+        """None where there is nothing yet, or only a part of it."""
         try:
-            return json.loads((self.directory / f"{rank}.json").read_bytes())
+            data = (self.directory / str(rank)).read_bytes()
+            checksum, length, text = data[:16], int(data[16:32]), data[32:]
+            good = checksum == xxhash.xxh3_64_hexdigest(text[:length]).encode() and len(text) >= length
+            return json.loads(text[:length]) if good else None
         except (OSError, ValueError):
             return None
 
     def _write(self, content: Json) -> None:
-        temporary = self.directory / f"{self.rank}.tmp"
+        text = _pack(content).tobytes()
+        data = xxhash.xxh3_64_hexdigest(text).encode() + b"%016d" % len(text) + text
+        flags = os.O_WRONLY | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC
         try:
-            temporary.write_bytes(_pack(content))
+            descriptor = os.open(self.directory / str(self.rank), flags, 0o644)
         except FileNotFoundError:  # another job tidied up meanwhile
             self.directory.mkdir(parents=True, exist_ok=True)
-            temporary.write_bytes(_pack(content))
-        os.rename(temporary, self.directory / f"{self.rank}.json")
+            descriptor = os.open(self.directory / str(self.rank), flags, 0o644)
+        try:
+            write_all(descriptor, data.ljust(_ROOM), 0)
+        finally:
+            os.close(descriptor)
 
 
 class _Pause:

@@ -100,7 +100,7 @@ def read_manifest(path: Path) -> tuple[Manifest, str]:
     """The manifest and its text. Raises Damaged, NewerVersion, InputMissing."""
     place = path / MANIFEST
     try:
-        descriptor = os.open(place, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC)
+        descriptor = os.open(place, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
     except FileNotFoundError:
         raise InputMissing(f"{path} is no checkpoint: there is no {MANIFEST} in it") from None
     except OSError as error:
@@ -129,7 +129,7 @@ def open_data(path: Path, manifest: Manifest) -> int:
     """A descriptor of the data file, after a look at its size. Raises Damaged."""
     place = path / DATA
     try:
-        descriptor = os.open(place, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC)
+        descriptor = os.open(place, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
     except OSError as error:
         raise Damaged(f"{place} cannot be read: {error.strerror}") from error
     status = os.fstat(descriptor)
@@ -154,6 +154,9 @@ def read_table(descriptor: int, path: Path, manifest: Manifest) -> Table:
 def check(path: Path) -> tuple[Manifest, str]:
     """The manifest (and its text) of a checkpoint that looks good: all but its data is checked. Raises Damaged, ..."""
     manifest, text = read_manifest(path)
+    name = parse_name(path.name)
+    if name is not None and name[0] != manifest.step:
+        raise Damaged(f"{path} holds the checkpoint of step {manifest.step}: it was given another name")
     descriptor = open_data(path, manifest)
     try:
         block = bytearray(USER_BLOCK)

@@ -308,8 +308,39 @@ def a_folder_instead_of_data(path: Path) -> None:
 
 
 @damage
-def a_pipe_instead_of_a_manifest(path: Path) -> None:
+def a_manifest_that_is_no_text(path: Path) -> None:
     (path / "manifest.json").write_bytes(b"\xff\xfe")
+
+
+@damage
+def a_pipe_instead_of_data(path: Path) -> None:
+    """Opening one waits for a writer."""
+    (path / "data.h5").unlink()
+    os.mkfifo(path / "data.h5")
+
+
+@damage
+def swapped_blocks(path: Path) -> None:
+    manifest, _ = check(path)
+    start, size = manifest.layout.data_start, 512
+    with open(path / "data.h5", "r+b") as file:
+        file.seek(start)
+        first, second = file.read(size), file.read(size)
+        file.seek(start)
+        file.write(second + first)
+
+
+@damage
+def the_name_of_another_step(path: Path) -> None:
+    """A copy of an older checkpoint under a newer name."""
+    shutil.rmtree(path)
+    shutil.copytree(path.parent / "step-00000001", path)
+
+
+@damage
+def a_link_instead_of_a_manifest(path: Path) -> None:
+    (path / "manifest.json").rename(path / "other.json")
+    (path / "manifest.json").symlink_to("other.json")
 
 
 @pytest.mark.parametrize("name", sorted(DAMAGE))
@@ -491,6 +522,38 @@ def test_forged_manifests_end_in_a_sentence(name: str, tmp_path: Path) -> None:
         step, found, _ = restored(tmp_path)
     except DataError as error:
         assert "step-00000002" in str(error)  # refused as a whole: what is stored does not make sense for this program
+    else:
+        assert (step, found) == (1, first)
+
+
+@pytest.mark.timeout(60)
+@pytest.mark.parametrize("name", ["data.h5", "manifest.json"])
+def test_pipes_keep_nobody_waiting(name: str, tmp_path: Path) -> None:
+    saved(tmp_path, range(1, 3))
+    first = bits_at(tmp_path, 1)
+    path = tmp_path / "step-00000002"
+    (path / name).unlink()
+    os.mkfifo(path / name)
+    with pytest.raises(HarnessError):
+        open_checkpoint(path)
+    assert restored(tmp_path)[:2] == (1, first)
+
+
+@pytest.mark.parametrize("depth", [100, 900, 5_000])
+def test_deep_values_end_in_a_sentence(depth: int, tmp_path: Path) -> None:
+    saved(tmp_path, range(1, 3))
+    first = bits_at(tmp_path, 1)
+
+    def deep(manifest: dict[str, Any]) -> str:
+        manifest["state"]["optimizer"]["groups"] = "HERE"
+        inner = "[" * depth + "1" + "]" * depth
+        return json.dumps(manifest).replace('"HERE"', inner)
+
+    forge(tmp_path / "step-00000002", deep)
+    try:
+        step, found, _ = restored(tmp_path)
+    except DataError as error:
+        assert "step-00000002" in str(error)
     else:
         assert (step, found) == (1, first)
 
