@@ -11,6 +11,7 @@ from typing import Any
 
 from harness.checkpoint import store
 from harness.checkpoint.agree import describe
+from harness.checkpoint.cached import Read
 from harness.checkpoint.comm import Comm, Json
 from harness.checkpoint.manifest import Manifest, NewerVersion, parse
 from harness.checkpoint.partial import Partial
@@ -26,8 +27,10 @@ Which = int | str
 class Loader:
     """Restores from one directory. `good`: rank 0's checkpoints that were looked at, kept up to date."""
 
-    def __init__(self, directory: Path, comm: Comm, good: dict[Path, Manifest], log: Callable[[str], None]) -> None:
-        self._directory, self._comm, self._good, self._log = directory, comm, good, log
+    def __init__(
+        self, directory: Path, comm: Comm, good: dict[Path, Manifest], log: Callable[[str], None], read: Read = "auto"
+    ) -> None:
+        self._directory, self._comm, self._good, self._log, self._read = directory, comm, good, log, read
         self.report = Report()
         """What the last restore kept, left out and converted."""
 
@@ -113,7 +116,7 @@ class Loader:
                 raise DataError(f"{path} cannot be restored: {found['message']}", hint=found["hint"])
             if isinstance(found, list) and found:
                 raise complain(found, path)
-        load(path, manifest, restore.sinks, self._comm)
+        load(path, manifest, restore.sinks, self._comm, read=self._read)
         problem = None
         try:
             restore.finish()

@@ -26,6 +26,7 @@ from typing import Any, Literal
 
 from harness.checkpoint.agree import SaveFailed
 from harness.checkpoint.asked import Asked
+from harness.checkpoint.cached import Read, known
 from harness.checkpoint.comm import Comm, Json, detect
 from harness.checkpoint.engines import EngineName, choose
 from harness.checkpoint.loading import Loader
@@ -51,6 +52,7 @@ class Manager:
     timeout: seconds after which ranks that did not come are named and the save is given up.
     check_replicas: at the first save and every n-th after it, compare the replicas of all ranks; 0 never does.
     strict: replicas that are not equal are an error, and nothing is saved; else rank 0's copy is, with a warning.
+    read: "exchange": ranks read shares and exchange them; "all": each reads all; "auto": what is faster, see `cached`.
     info: JSON that is put into every manifest.
     log: gets a line for the user, on rank 0 only. None: a warning of the logger "harness.checkpoint".
     saved: called on rank 0 with the `Outcome` of each save that succeeded, from within a later call of this object.
@@ -72,6 +74,7 @@ class Manager:
         timeout: float = 600.0,
         check_replicas: int = 10,
         strict: bool = False,
+        read: Read = "auto",
         info: Mapping[str, Json] | None = None,
         log: Callable[[str], None] | None = None,
         saved: Callable[[Outcome], None] | None = None,
@@ -94,6 +97,7 @@ class Manager:
             lazy=lazy,
             info=info or {},
         )
+        self._read = known(read)
         self._asked = Asked(self.directory, self.comm, self._when)
         self._hooked: weakref.WeakSet[Any] = weakref.WeakSet()
         self.report = Report()
@@ -171,7 +175,7 @@ class Manager:
         where none of several is good; InputMissing where the one that is named does not exist.
         """
         self._end(wait=True)
-        loader = Loader(self.directory, self.comm, self._saver.good, self._log)
+        loader = Loader(self.directory, self.comm, self._saver.good, self._log, self._read)
         found = loader.newest(state, partial) if which == "latest" else loader.chosen(which, state, partial)
         self.report = loader.report
         self._saver.restored()

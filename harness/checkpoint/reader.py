@@ -19,6 +19,7 @@ from typing import Any, TypeAlias
 import numpy as np
 import numpy.typing as npt
 
+from harness.checkpoint.cached import Read, all_read
 from harness.checkpoint.comm import Comm
 from harness.checkpoint.commit import DATA
 from harness.checkpoint.digest import block_digests
@@ -42,9 +43,9 @@ class Blocks:
     def __init__(self, path: Path, manifest: Manifest) -> None:
         self.path = path
         self.layout = manifest.layout
-        self._descriptor = open_data(path, manifest)
+        self.descriptor = open_data(path, manifest)
         try:
-            self._table = read_table(self._descriptor, path, manifest)
+            self._table = read_table(self.descriptor, path, manifest)
         except BaseException:
             self.close()
             raise
@@ -52,7 +53,7 @@ class Blocks:
     def read(self, first: int, last: int, buffer: Bytes) -> list[int]:
         """Fill the buffer with blocks [first, last). Returns the numbers of damaged ones. Raises OSError, EOFError."""
         lo, _ = self.layout.block_range(first)
-        read_all(self._descriptor, buffer, lo)
+        read_all(self.descriptor, buffer, lo)
         found = np.array(block_digests(buffer, self.layout.block), np.uint64)
         damaged: list[int] = (first + np.flatnonzero(found != self._table[first:last])).tolist()
         return damaged
@@ -63,7 +64,7 @@ class Blocks:
         return list(dict.fromkeys(self.layout.leaves[piece.leaf].name for piece in pieces))
 
     def close(self) -> None:
-        os.close(self._descriptor)
+        os.close(self.descriptor)
 
 
 class Checkpoint:
@@ -178,16 +179,19 @@ def open_checkpoint(path: str | os.PathLike[str]) -> Checkpoint:
     return Checkpoint(Path(path))
 
 
-def load(path: Path, manifest: Manifest, sinks: Mapping[str, Sequence[Sink]], comm: Comm) -> None:
+def load(
+    path: Path, manifest: Manifest, sinks: Mapping[str, Sequence[Sink]], comm: Comm, *, read: Read = "auto"
+) -> None:
     """Fill the sinks, by leaf name, from a checkpoint. Collective; ranks may have different sinks.
 
     With MPI, what several ranks want (`gather_wanted`) is read and checked by them in shares and exchanged, so that
-    each byte leaves the file system once; without, every rank reads what it wants. Raises Damaged, on all ranks alike,
+    each byte leaves the file system once; without, or where `cached.all_read` finds that faster (`read`: "auto", else
+    "exchange" or "all"), every rank reads what it wants. Raises Damaged, on all ranks alike,
     naming the damaged tensors; the sinks may then be partly filled.
     """
     reading = _Reading(path, manifest, sinks)
     try:
-        if comm.mpi is not None and comm.size > 1:
+        if not all_read(read, reading.descriptor, manifest.layout.data_start, manifest.layout.data_end, comm):
             for ranks, blocks in gather_wanted(manifest.layout, sinks, comm):
                 _read_together(reading, blocks, ranks, comm.mpi)
         for segment in _segments(reading.wanted, manifest.layout.block, 1):
@@ -246,6 +250,11 @@ class _Reading:
             self._blocks = Blocks(path, manifest)
         except Damaged as error:
             self._unreadable = error.message
+
+    @property
+    def descriptor(self) -> int | None:
+        """The open file, None where it could not be opened."""
+        return None if self._blocks is None else self._blocks.descriptor
 
     @property
     def good(self) -> bool:

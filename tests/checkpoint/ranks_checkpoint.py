@@ -26,7 +26,7 @@ from samples import Net, bits, train
 from harness.checkpoint import Horovod, Manager, Mpi, SaveFailed, State, detect, keep_all, open_checkpoint
 from harness.checkpoint.comm import Comm
 from harness.checkpoint.engines import EngineName
-from harness.errors import DataError, InternalError, Unavailable
+from harness.errors import DataError, InternalError, Unavailable, UsageError
 
 
 def big_state(seed: int) -> dict[str, Any]:
@@ -300,6 +300,23 @@ class Checks:
         if self.comm.rank == 0:
             assert "step-00000002 is passed over" in self.lines[0] and "damaged: tensors/" in self.lines[0]
             assert (path / "damaged.json").exists()
+
+    def check_ways_of_reading(self) -> None:
+        import harness.checkpoint.reader as module
+
+        self.manager("reading").save(1, State(**trained_state()))
+        original = module._read_together
+        for read in ("exchange", "all", "auto"):
+            calls: list[int] = []
+            module._read_together = lambda *a, calls=calls: (calls.append(1), original(*a))[1]  # type: ignore[misc]
+            state = big_state(seed=3)
+            assert self.manager("reading", fresh=False, read=read).restore(State(**state)) == 1
+            module._read_together = original
+            assert as_bits(state) == as_bits(trained_state())
+            if read != "auto":
+                assert bool(calls) == (read == "exchange" and self.comm.mpi is not None)
+        message = self.fails(UsageError, lambda: self.manager("reading", fresh=False, read="fast"))
+        assert "read='fast' is unknown; it is auto, exchange, all" in message
 
     def check_a_rank_that_cannot_read(self) -> None:
         import harness.checkpoint.reader as module

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import os
 from collections import OrderedDict
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,7 @@ from hypothesis import strategies as st
 from samples import Net, bits, manager, train
 
 from harness.checkpoint import State
+from harness.checkpoint.cached import share_in_cache
 from harness.checkpoint.casting import Cast, can_cast
 from harness.checkpoint.partial import EXACT, Partial
 from harness.checkpoint.restoring import Report
@@ -504,3 +506,18 @@ def test_an_ordered_dict_is_a_dict(tmp_path: Path) -> None:
     target = OrderedDict(Net(seed=2).state_dict())
     restore({"weights": target})
     assert bits(target) == bits(Net().state_dict())
+
+
+def test_what_is_in_memory_is_seen(tmp_path: Path) -> None:
+    """Every rank reads all of a file that is: see `cached`."""
+    path = tmp_path / "file"
+    path.write_bytes(bytes(32 << 20))
+    with path.open("rb+") as file:
+        os.fsync(file.fileno())
+        if share_in_cache(file.fileno(), 0, 1 << 20) != 1.0:
+            pytest.skip("this file system does not say, or has no page cache")
+        os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+        assert share_in_cache(file.fileno(), 0, 32 << 20) < 0.5
+        file.read()
+        assert share_in_cache(file.fileno(), 0, 32 << 20) == 1.0
+        assert share_in_cache(file.fileno(), 5, 5) in (0.0, 1.0)
