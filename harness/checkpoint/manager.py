@@ -46,7 +46,7 @@ class Manager:
     comm: None finds out (`comm.detect`).
     engine: "auto", "direct", "mpio" (independent) or "mpio-collective".
     background: `save` returns once this rank's slice is copied, and a thread writes it; False: once it is durable.
-    lazy: the parameters and the optimizer's state are copied in that thread too; the optimizer's next step waits for
+    lazy: what optimizers of the state change is copied in that thread too; the optimizer's next step waits for
         it (`fence`). Only for loops that change them nowhere else.
     busy: what a save does while an earlier one is under way: "skip" it, or "wait" for the earlier one.
     timeout: seconds after which ranks that did not come are named and the save is given up.

@@ -59,7 +59,7 @@ def take_module(module: Any, root: str, snapshot: Snapshot, record: dict[str, Js
             if region := region_of(snapshot.shards, unescape(root), name):
                 snapshot.add_part(path, tensor, region)
             else:
-                snapshot.add(path, tensor, placement, late=placement == "replicated")
+                snapshot.add(path, tensor, placement, late=id(tensor) in snapshot.stepped)
     if extra := {name: part.get_extra_state() for name, part in _parts_with_extra_state(module)}:
         record["extra"] = take_tree(extra, f"{root}/_extra_state", "rank0", snapshot)
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import gc
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Set
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -48,7 +48,9 @@ class Snapshot:
     aliases: dict[str, str] = field(default_factory=dict)
     record: dict[str, Json] = field(default_factory=dict)
     late: set[str] = field(default_factory=set)
-    """Leaves that only the optimizer's step changes: a lazy save may copy them until then."""
+    """Leaves that only the step of an optimizer of this state changes: a lazy save may copy them until then."""
+    stepped: Set[int] = frozenset()
+    """`id` of the parameters that optimizers of this state change."""
     before: Schema | None = None
 
     def add(self, name: str, array: Any, placement: Placement, *, late: bool = False) -> None:

@@ -64,12 +64,18 @@ def take(state: State, rank: int = 0, size: int = 1) -> Snapshot:
     """
     snapshot = Snapshot(rank, size, state.shards, before=state._schema)
     with no_collection():
+        snapshot.stepped = _stepped(state)
         names = parameter_names(_modules(state))
         _check_shards(state, names)
         for entry in state.entries:
             snapshot.record[entry] = _take_entry(entry, state, names, snapshot)
         state._schema = snapshot.schema()
     return snapshot
+
+
+def _stepped(state: State) -> set[int]:
+    optimizers = [value for entry, value in state.entries.items() if state.kinds[entry] == "optimizer"]
+    return {id(tensor) for optimizer in optimizers for group in optimizer.param_groups for tensor in group["params"]}
 
 
 def _take_entry(entry: str, state: State, names: dict[int, tuple[str, str]], snapshot: Snapshot) -> dict[str, Json]:
