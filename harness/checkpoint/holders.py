@@ -105,7 +105,7 @@ def gather_holders(layout: Layout, parts: Mapping[int, Part], comm: Comm) -> Hol
     Raises DataError, the same on all ranks, where the parts of a leaf overlap without being the same, or do not cover
     it, naming leaf and ranks.
     """
-    found = _Found(layout, comm.size)
+    found = Found(layout, comm.size)
     parted = sorted(layout.parted)
     if per_rank := [index for index in parted if layout.leaves[index].placement == "per_rank"]:
         found.add_rows(per_rank)
@@ -156,7 +156,7 @@ def _described(layout: Layout, parts: Mapping[int, Part]) -> dict[str, bytes]:
     }
 
 
-class _Found:
+class Found:
     """Parts of all ranks, on the way to cells."""
 
     def __init__(self, layout: Layout, size: int) -> None:

@@ -34,9 +34,10 @@ row r of a per_rank tensor is rank r's.
 
 **state** has an object by entry, with `kind`: module (tensors `<entry>/<parameter or buffer>`), optimizer (tensors
 `<entry>/<parameter>/<key>`; `groups`: [{params: names, options}], `state`: what is no tensor, by parameter name),
-tensors (`<entry>/<key>`), tree and holder (`value`). Values that JSON has not are objects with one key: `$tensor`:
-[torch or numpy, name], `$scalar`: [kind, dtype, number], `$tuple`, `$dict` (pairs), `$float` ("nan", "inf", "-inf"),
-`$bytes` (base64), `$counter`, `$sparse` (`tree`).
+tensors (`<entry>/<key>`), tree and holder (`value`), per_rank (`value`: [[keys, kind], ...] of the tensors
+`<entry>/<key>/<key>`; of the kinds int, float and bool each row is a number). Values that JSON has not are objects with
+one key: `$tensor`: [torch or numpy, name], `$scalar`: [kind, dtype, number], `$tuple`, `$dict` (pairs), `$float`
+("nan", "inf", "-inf"), `$bytes` (base64), `$counter`, `$sparse` (`tree`).
 
 A version is read for ever.
 """
