@@ -98,9 +98,7 @@ def plan_transfers(layout: Layout, dealt: Dealt, holders: Holders, rank: int) ->
 
     wanted = np.flatnonzero(dealt.writer == rank)
     lo = layout.data_start + wanted * layout.block
-    reached = np.maximum.accumulate(holders.end)
-    low, high = np.searchsorted(reached, lo, side="right"), np.searchsorted(holders.first, lo + layout.block)
-    needed_blocks, needed = _spread(wanted, low, np.maximum(low, high))
+    needed_blocks, needed = _spread(wanted, *holders.near(lo, lo + layout.block))
     touches = holders.end[needed] > layout.data_start + needed_blocks * layout.block
     needed, needed_blocks = needed[touches], needed_blocks[touches]
     foreign = ~holders.held(needed, np.full_like(needed, rank))

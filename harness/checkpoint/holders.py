@@ -50,14 +50,19 @@ class Holders:
     members: Offsets
 
     @cached_property
-    def ends(self) -> Offsets:
-        """`end`, sorted: cells may begin before others and end after them."""
-        return np.sort(self.end)
+    def _reached(self) -> Offsets:
+        """How far a cell and those before it reach: cells may begin before others and end after them."""
+        return np.maximum.accumulate(self.end)
 
     @cached_property
     def _pairs(self) -> Offsets:
         """group * size + rank of all members, ascending."""
         return np.repeat(np.arange(len(self.bounds) - 1), np.diff(self.bounds)) * self.size + self.members
+
+    def near(self, lo: Offsets, hi: Offsets) -> tuple[Offsets, Offsets]:
+        """The cells [low, high) among which are all that meet the file bytes [lo, hi), and none if none does."""
+        low = np.searchsorted(self._reached, lo, side="right")
+        return low, np.maximum(low, np.searchsorted(self.first, hi, side="left"))
 
     def ranks(self, cell: int) -> list[int]:
         group = self.group[cell]

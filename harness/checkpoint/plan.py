@@ -84,10 +84,9 @@ def _runs(blocks: Offsets) -> tuple[tuple[int, int], ...]:
 def _deal(layout: Layout, size: int, reserved: npt.NDArray[np.bool_], holders: Holders) -> Dealt:
     blocks = np.arange(layout.blocks)
     writer, turn = np.zeros(layout.blocks, np.int64), blocks.copy()
-    # The cells that may have bytes in a block are neighbours, from `low` on.
     lo = layout.data_start + blocks * layout.block
-    low = np.searchsorted(holders.ends, lo, side="right")
-    cells = np.searchsorted(holders.first, lo + layout.block, side="left") - low
+    low, high = holders.near(lo, lo + layout.block)
+    cells = high - low
     sharded = np.flatnonzero((cells > 0) & ~reserved)
     # Blocks of the same cells one after the other (those of a tensor split along columns): to each cell a run of them.
     place, count = _places(np.stack([low[sharded], cells[sharded]]))

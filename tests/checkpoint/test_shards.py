@@ -325,6 +325,32 @@ def test_copies_and_columns_are_shared_evenly() -> None:
     assert sent == [48 * 2048] * 4, "half of each block comes from one other rank"
 
 
+def test_cells_that_begin_early_and_end_late() -> None:
+    """Not a grid: rank 0 has the left half of all rows, the others the right half of some."""
+    size, shape = 3, (512, 128)
+    left, upper, lower = ((0, 0), (512, 64)), ((0, 64), (200, 64)), ((200, 64), (312, 64))
+    held: list[Region] = [Box(shape, *box) for box in (left, upper, lower)]
+    tree = model(size, "sharded", held, shape, count=2)
+    layout = tree.layout()
+    results = World(size).run(lambda comm: stage(tree, layout, comm))
+    assert (sum(image.astype(np.int64) for *_, image, _ in results) == tree.file(layout)).all()
+    blocks = [plan.blocks for plan, *_ in results]
+    assert max(blocks) - min(blocks) <= layout.blocks // 4, "nobody is left out"
+
+
+def test_copies_are_known_among_ranks_that_differ_elsewhere() -> None:
+    """As before, and each rank has a part of its own beside the copy."""
+    size = 4
+    held: list[Region] = [Box((512, 128), (256 * (rank % 2), 0), (256, 128)) for rank in range(size)]
+    own: list[Region] = [Flat((8,), 2 * rank, 2 * rank + 2) for rank in range(size)]
+    tree = model(size, "sharded", held, (512, 128), count=2)
+    small = Leaf("model/own", "float32", (8,), "sharded")
+    values, parts = {"model/own": np.ones(8, "<f4")}, {"model/own": own}
+    both = Tree([*tree.leaves, small], {**tree.values, **values}, {**tree.regions, **parts})
+    blocks, _ = balance(both, both.layout(), size)
+    assert max(blocks) - min(blocks) <= 1, blocks
+
+
 def test_replicated_blocks_fill_up_who_has_few() -> None:
     size = 4
     uneven: list[Region] = [Flat((65536,), 0, 32768), Flat((65536,), 32768, 65536), *[Flat((65536,), 0, 0)] * 2]
@@ -414,7 +440,7 @@ def restore_one(tree: Tree, path: Path, manifest: Manifest, comm: Thread, odd: b
         region = tree.regions[leaf.name][comm.rank] if leaf.name in tree.regions else None
         value = tree.values[leaf.name]
         live = np.zeros_like(value if region is None else take(value, region))
-        live = np.zeros_like(live.T).T if odd else live  # not contiguous
+        live = np.zeros((*live.shape, 2), live.dtype)[..., 0] if odd else live  # not contiguous
         arrays[leaf.name] = live
         parts[leaf.name] = [Buffer(live) if region is None else Part(live, region)]
     load(path, manifest, parts, comm)
@@ -463,6 +489,15 @@ def test_each_byte_leaves_the_file_once(tmp_path: Path, monkeypatch: pytest.Monk
     flat: list[Region] = [Flat(shape, marks[rank], marks[rank + 1]) for rank in range(size)]
     read, blocks = reads(model(size, "sharded", flat, shape), tmp_path / "flat", size, monkeypatch)
     assert blocks < read <= blocks + 3, "only blocks in which two parts meet are read twice"
+
+
+def test_blocks_of_parts_and_whole_tensors_are_read_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    size, count = 4, 300
+    held: list[Region] = [Flat((40,), 20 * (rank % 2), 20 * (rank % 2) + 20) for rank in range(size)]
+    tree = model(size, "sharded", held, (40,), count)
+    whole = dict.fromkeys(list(tree.regions)[::2], held)
+    read, blocks = reads(Tree(tree.leaves, tree.values, whole), tmp_path, size, monkeypatch)
+    assert blocks > 4 and read == blocks
 
 
 def test_damage_is_seen_by_all_whoever_reads(tmp_path: Path) -> None:
