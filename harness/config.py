@@ -275,7 +275,7 @@ class Launch(Section):
 
 
 class Slurm(Section):
-    """The batch script that `harness show` prints."""
+    """The job that `harness submit` asks Slurm for; `harness show` prints its script."""
 
     nodes: Positive = 1
     """Nodes of the job."""
@@ -300,7 +300,9 @@ class Slurm(Section):
     signal: Literal["USR1", "USR2", "TERM"] = "USR2"
     """The signal sent before the time limit. Not USR1 where NCCL is used."""
     margin: Duration = 120.0
-    """How long before the time limit the signal is sent."""
+    """How long before the time limit the signal is sent. Slurm may be a minute early."""
+    requeue: bool = False
+    """When the time limit or a preemption has stopped the run, put the job back into the queue, to go on there."""
     mpi: str = "pmix"
     """srun --mpi=..., when srun is the launcher."""
     modules: list[str] = []
@@ -308,7 +310,7 @@ class Slurm(Section):
     setup: list[str] = []
     """Shell lines that run on the first node before the job starts."""
     extra: dict[str, str | int | None] = {}
-    """More sbatch options by their long name: `{reservation: maint, exclusive: null}`."""
+    """More sbatch options by their long name: `{reservation: maint, exclusive: null, array: 0-7%2}`."""
 
 
 class Config(Section):

@@ -73,21 +73,61 @@ def run(
     launcher: Launcher = None,
     site: Sites = None,
     time: Annotated[str | None, typer.Option("--time", metavar="1h", help="Save and stop in so long.")] = None,
+    follow_up: Annotated[
+        bool, typer.Option("--follow-up", help="A job of a chain: end where the run is over.")
+    ] = False,
 ) -> int:
     """Start a run, or go on with it, and stay until it ends. Ctrl-C saves and stops."""
     from harness.batch import plan_batch
+    from harness.errors import Exit
     from harness.resolve import resolve
-    from harness.rundir import open_run
+    from harness.rundir import RunDir, open_run
     from launch.plan import make_plan
+    from launch.requeue import go_on, nothing_left
     from launch.start import start
     from launch.timelimit import time_limit
 
     values = [*(overrides or []), *_flags(ranks, hosts, hostfile, launcher)]
     values += [f"stop.time={time}"] if time is not None else []
     settings = resolve(config, values, sites=site or []).config
+    if (why := nothing_left(RunDir(Path(settings.directory)), settings, follow_up=follow_up)) is not None:
+        _tell(why)
+        return 0
     plan = make_plan(settings, [os.path.abspath(settings.directory)])
     plan_batch(global_batch=settings.train.global_batch, ranks=plan.job.ranks, micro_batch=settings.train.micro_batch)
-    return start(plan.with_env(time_limit(settings.stop)), open_run(settings))
+    run_dir = open_run(settings)
+    code = start(plan.with_env(time_limit(settings.stop)), run_dir)
+    if code == Exit.STOPPED:
+        go_on(run_dir, settings)
+    return code
+
+
+@app.command()
+def submit(
+    config: ConfigPath,
+    overrides: Overrides = None,
+    site: Sites = None,
+    chain: Annotated[int, typer.Option("--chain", min=0, max=1000, help="So many jobs that go on after it.")] = 0,
+    sweep: Annotated[
+        list[str] | None, typer.Option("--sweep", metavar="KEY=A,B", help="A run for each value, as one array.")
+    ] = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Only print the batch script.")] = False,
+) -> int:
+    """Submit a run to Slurm, and print its batch script."""
+    from harness.resolve import resolve
+    from launch.submit import submit as submit_runs
+    from launch.submit import sweeps
+
+    values = overrides or []
+    settings = resolve(config, values, sites=site or []).config
+    if not sweep:
+        return submit_runs([settings], chain=chain, dry_run=dry_run)
+    parent = Path(settings.directory)
+    configs = [
+        resolve(config, [*values, *one.overrides, f"run_dir={parent / one.name}"], sites=site or []).config
+        for one in sweeps(sweep)
+    ]
+    return submit_runs(configs, parent=parent, chain=chain, dry_run=dry_run)
 
 
 @app.command()

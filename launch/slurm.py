@@ -1,4 +1,4 @@
-"""The batch script of a run, for Slurm. Submitting, requeueing, chains and arrays are not done here yet.
+"""The batch script of a run, for Slurm. Not here: submitting it (`submit.py`), requeueing (`requeue.py`).
 
 Every word of the script's commands is quoted for the shell; header lines take no value that could end the line or
 open a quote, because sbatch reads them by rules of its own.
@@ -28,8 +28,20 @@ _OPTION = re.compile(r"[a-z][a-z0-9-]{0,40}")
 _FORBIDDEN = ("wrap", "export-file", "parsable", "test-only", "wait", "help", "usage", "version")
 
 
-def render(config: Config, command: Sequence[str], *, cwd: str | None = None) -> str:
-    """The text of the batch script whose last line runs `command`. Raises ConfigError for values sbatch cannot take."""
+def render(
+    config: Config,
+    command: Sequence[str],
+    *,
+    cwd: str | None = None,
+    output: str = "%x-%j.log",
+    tasks: Sequence[str] = (),
+    arguments: bool = False,
+) -> str:
+    """The text of the batch script whose last line runs `command`.
+
+    tasks: for an array, the argument that each task's command gets. arguments: the script hands on its own.
+    Raises ConfigError for values sbatch cannot take.
+    """
     import jinja2
 
     environment = jinja2.Environment(
@@ -48,14 +60,16 @@ def render(config: Config, command: Sequence[str], *, cwd: str | None = None) ->
             raise ConfigError("slurm.setup holds a zero byte")
     return environment.get_template(TEMPLATE).render(
         name=config.name,
-        options=options(config, cwd or os.getcwd()),
+        options=options(config, cwd or os.getcwd(), output=output, tasks=len(tasks)),
+        tasks=list(tasks),
+        arguments=arguments or bool(tasks),
         modules=config.slurm.modules,
         setup=config.slurm.setup,
         command=list(command),
     )
 
 
-def options(config: Config, cwd: str) -> list[tuple[str, str | None]]:
+def options(config: Config, cwd: str, *, output: str = "%x-%j.log", tasks: int = 0) -> list[tuple[str, str | None]]:
     """sbatch's options in the order they are written. Raises ConfigError where the numbers do not fit."""
     slurm = config.slurm
     found: list[tuple[str, str | None]] = [("job-name", config.name), ("chdir", cwd), ("nodes", str(slurm.nodes))]
@@ -81,12 +95,14 @@ def options(config: Config, cwd: str) -> list[tuple[str, str | None]]:
         )
     # B: only to the batch shell, which is the harness; it tells the ranks. Appending, because a requeue truncates.
     found += [("signal", f"B:{slurm.signal}@{margin}")]
-    found += [("output", "%x-%j.log"), ("open-mode", "append"), ("requeue", None)]
+    found += [("output", output), ("open-mode", "append"), ("requeue", None)]
+    if tasks:
+        found.append(("array", f"0-{tasks - 1}"))
     taken = {name for name, _ in found}
     for name, extra in slurm.extra.items():
         if not _OPTION.fullmatch(name) or name in _FORBIDDEN:
             raise ConfigError(f"slurm.extra: {name!r} is no option of a batch script", hint="long names, without --")
-        if name in taken - {"output", "requeue", "open-mode", "chdir"}:
+        if name in taken - {"output", "requeue", "open-mode", "chdir", "array"}:
             raise ConfigError(f"slurm.extra: {name} is set by slurm's own fields already")
         found = [(have, value) for have, value in found if have != name and (have, name) != ("requeue", "no-requeue")]
         found.append((name, None if extra is None else str(extra)))

@@ -63,7 +63,8 @@ def _wait(run: RunDir, timeout: float | None) -> int:
             raise Unavailable(f"{life.directory} is still running after {timeout:g} s", hint="`harness logs` tells why")
         time.sleep(0.5)
     print(f"{life.directory}: {_last(life)}")
-    return 0 if life.state in ("stopped", "finished") else int(Exit.CRASH)
+    # not the state as it is told: a follow-up job may wait in the queue already
+    return 0 if run.read_status().get("state") in ("stopped", "finished") else int(Exit.CRASH)
 
 
 def _last(life: Life) -> str:

@@ -58,6 +58,32 @@ def test_golden(case: str) -> None:
     assert file.read_text() == text
 
 
+def test_golden_array() -> None:
+    tasks = ["runs/exp-7/optim.lr=1e-3", "runs/a b;c"]
+    text = slurm.render(_config({}), ["/env/bin/harness", "run"], cwd="/w", output="runs/%A_%a.log", tasks=tasks)
+    file = GOLDEN / "array.sh"
+    if os.environ.get("HARNESS_UPDATE_GOLDEN"):
+        file.write_text(text)
+    assert file.read_text() == text
+
+
+@pytest.mark.parametrize(("task", "said"), [("0", "<runs/$(id)><more>"), ("1", "<a b><more>")])
+def test_each_task_of_an_array_gets_its_own_argument(task: str, said: str, tmp_path: Path) -> None:
+    text = slurm.render(_config({}), ["printf", "<%s>"], cwd="/w", tasks=["runs/$(id)", "a b"])
+    env = {"PATH": os.environ["PATH"], "SLURM_ARRAY_TASK_ID": task}
+    done = subprocess.run(["bash", "-c", text, "job", "more"], env=env, capture_output=True, text=True, check=True)
+    assert done.stdout == said
+
+
+@pytest.mark.parametrize("task", ["2", "", "*", "0)"])
+def test_a_task_that_is_not_in_the_script_runs_nothing(task: str) -> None:
+    text = slurm.render(_config({}), ["echo"], cwd="/w", tasks=["a", "b"])
+    env = {"PATH": os.environ["PATH"], "SLURM_ARRAY_TASK_ID": task}
+    done = subprocess.run(["bash", "-c", text], env=env, capture_output=True, text=True)
+    assert (done.returncode, done.stdout) == (64, "")
+    assert f"there is no task '{task}' in this script" in done.stderr
+
+
 @pytest.mark.parametrize("case", CASES)
 def test_a_shell_accepts_it(case: str, tmp_path: Path) -> None:
     script = tmp_path / "job.sh"

@@ -1,0 +1,255 @@
+"""Runs in a real Slurm of two virtual nodes that this module starts: submit, requeue, chain, array, scancel."""
+
+from __future__ import annotations
+
+import getpass
+import json
+import os
+import shutil
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+from minislurm import MiniSlurm
+from support import QUIET, ROOT
+
+from harness.rundir import RunDir
+
+BIN = Path(sys.executable).parent
+MISSING = [tool for tool in ("slurmctld", "slurmd", "sbatch", "munged", "mpirun", "setpriv") if not shutil.which(tool)]
+pytestmark = [
+    pytest.mark.mpi,
+    pytest.mark.timeout(400),
+    pytest.mark.skipif(bool(MISSING), reason=f"no Slurm to start here: {', '.join(MISSING)} not installed"),
+    pytest.mark.skipif(os.geteuid() != 0, reason="virtual nodes need root"),
+]
+CONFIG = """
+name: run
+task: {name: "held:Held"}
+train: {steps: 30, global_batch: 16, micro_batch: 8}
+optim: {name: momentum, lr: 0.05}
+checkpoint: {every: 1000}
+log: {every: 1}
+launch: {launcher: local, threads: 1}
+stop: {margin: 5}
+slurm: {time: 10m, margin: 1m}
+"""
+TASK = """
+import os, time
+from tasks_for_tests import Small
+
+class Held(Small):
+    "Waits from step 5 on where there is a file `hold`, so that somebody can do something to the job."
+
+    def loss(self, model, batch):
+        if model.training and os.path.exists("hold") and self.calls >= 5:
+            time.sleep(0.2)
+        return super().loss(model, batch)
+"""
+
+
+@pytest.fixture(scope="module")
+def cluster() -> Iterator[MiniSlurm]:
+    slurm = MiniSlurm(nodes=2, cpus=4, isolate=True, kill_wait=3, user=getpass.getuser())
+    try:
+        slurm.start(timeout=60)
+    except (RuntimeError, TimeoutError, OSError, subprocess.SubprocessError) as error:
+        shutil.rmtree(slurm.d, ignore_errors=True)
+        pytest.skip(f"Slurm cannot be started here: {error}")
+    try:
+        yield slurm
+    finally:
+        slurm.stop()
+        shutil.rmtree(slurm.d, ignore_errors=True)
+
+
+class Site:
+    """A user's directory in the cluster."""
+
+    def __init__(self, slurm: MiniSlurm, folder: Path) -> None:
+        self.slurm, self.folder = slurm, folder
+        self.env = {**QUIET, "PATH": f"{BIN}:{os.environ['PATH']}", "PYTHONPATH": str(ROOT)}
+
+    def harness(self, *words: str, code: int = 0, env: dict[str, str] | None = None) -> str:
+        done = self.slurm.run(str(BIN / "harness"), *words, check=False, env={**self.env, **(env or {})})
+        assert done.returncode == code, done.stdout + done.stderr
+        return str(done.stdout + done.stderr)
+
+    def submit(self, *words: str) -> list[int]:
+        said = self.harness("submit", "run.yaml", *words).splitlines()[-1]
+        ids = said.partition(" as job ")[2].partition(";")[0].replace(", then ", ", ")
+        return [int(word) for word in ids.split(", ")]
+
+    def status(self, name: str = "runs/run") -> dict[str, Any]:
+        return RunDir(self.folder / name).read_status()
+
+    def until(self, condition: Callable[[], bool], what: str, seconds: float = 150) -> None:
+        end = time.monotonic() + seconds
+        while not condition():
+            logs = "".join(path.read_text() for path in self.folder.glob("runs/**/slurm-*.log"))
+            assert time.monotonic() < end, f"waited for {what} in vain: {self.slurm.run('squeue').stdout}{logs}"
+            time.sleep(0.1)
+
+    def trains(self, step: int = 6) -> None:
+        self.until(lambda: self.status().get("state") == "running" and self.status()["step"] >= step, "training")
+
+    def ends(self, job: int | str, *states: str) -> str:
+        try:
+            return str(self.slurm.wait(job, *states, timeout=200))
+        except TimeoutError as error:
+            raise AssertionError(f"{error}\n{self.log(job)}") from error
+
+    def log(self, job: int | str) -> str:
+        return "".join(path.read_text() for path in sorted(self.folder.glob(f"runs/**/slurm-{job}*.log")))
+
+
+@pytest.fixture
+def site(cluster: MiniSlurm, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Site]:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "run.yaml").write_text(CONFIG)
+    (tmp_path / "held.py").write_text(TASK)
+    (tmp_path / "tasks_for_tests.py").write_bytes((ROOT / "tests" / "tasks_for_tests.py").read_bytes())
+    yield Site(cluster, tmp_path)
+    cluster.run("scancel", "--user", getpass.getuser(), check=False)
+    cluster.wait_empty(30)
+
+
+def parameters(run: Path) -> dict[str, bytes]:
+    from harness.checkpoint import open_checkpoint
+
+    with open_checkpoint(sorted((run / "checkpoints").glob("step-*[0-9]"))[-1]) as checkpoint:
+        return {name: checkpoint.read(name).tobytes() for name in checkpoint.names() if not name.startswith("extra")}
+
+
+TWO_NODES: Sequence[str] = ("launch.launcher=srun", "slurm.nodes=2", "slurm.ranks_per_node=1")
+
+
+def test_two_nodes_and_a_requeue_end_like_an_undisturbed_run(site: Site) -> None:
+    """The undisturbed run with srun; the other with mpirun, told to stop as Slurm tells it before the time limit."""
+    (job,) = site.submit(*TWO_NODES, "run_dir=runs/calm")
+    (site.folder / "hold").touch()
+    (other,) = site.submit(*TWO_NODES, "launch.launcher=mpirun", "slurm.requeue=true")
+    site.trains()
+    site.slurm.run("scancel", "--batch", "--signal=USR2", str(other))
+    site.until(lambda: site.status().get("state") == "stopped", "the stop")
+    (site.folder / "hold").unlink()
+    site.ends(other, "COMPLETED")
+    assert site.slurm.info(other)["Restarts"] == "1"
+    site.ends(job, "COMPLETED")
+    for name in ("runs/calm", "runs/run"):
+        assert (site.status(name)["state"], site.status(name)["step"]) == ("finished", 30)
+    assert f"job {other} goes back into the queue" in site.log(other)
+    assert "resumed from the checkpoint at step" in site.log(other)
+    first, second = RunDir(site.folder / "runs/run").attempts()
+    told = [json.loads(attempt.command.read_text()) for attempt in (first, second)]
+    assert [entry["slurm"]["restarts"] for entry in told] == [0, 1]
+    assert [len(entry["hosts"]) for entry in told] == [2, 2]
+    assert parameters(site.folder / "runs/run") == parameters(site.folder / "runs/calm")
+    shown = site.harness("status")
+    assert "calm" in shown
+    assert shown.count("finished") == 2
+
+
+def test_the_clock_stops_it_before_the_time_limit(site: Site) -> None:
+    (site.folder / "hold").touch()
+    (job,) = site.submit("slurm.time=1m", "slurm.margin=1s", "stop.margin=35", "slurm.requeue=true", "train.steps=500")
+    site.until(lambda: site.status().get("state") == "stopped", "the stop")
+    (site.folder / "hold").unlink()
+    assert "the time is up in" in site.status()["summary"]
+    site.until(lambda: site.slurm.info(job)["Restarts"] == "1", "the requeue")
+
+
+def test_a_chain_goes_on_and_ends_when_the_run_has_finished(site: Site) -> None:
+    (site.folder / "hold").touch()
+    first, second, third = site.submit("--chain", "2")
+    site.trains()
+    assert "queued" not in site.harness("status", "run")
+    site.slurm.run("scancel", "--batch", "--signal=USR2", str(first))
+    site.until(lambda: site.status().get("state") == "stopped", "the stop")
+    (site.folder / "hold").unlink()
+    assert site.ends(first, "FAILED", "COMPLETED") == "FAILED"
+    assert site.slurm.info(first)["ExitCode"] == "75:0"
+    assert f"job {second} goes on with it" in site.log(first)
+    site.ends(third, "COMPLETED")
+    assert site.slurm.state(second) == "COMPLETED"
+    assert "resumed from the checkpoint at step" in site.log(second)
+    assert "has finished at step 30: this job has nothing left to do" in site.log(third)
+    assert len(RunDir(site.folder / "runs/run").attempts()) == 2
+    said = site.harness("submit", "run.yaml", code=64)
+    assert "runs/run has finished at step 30: there is nothing left to do" in said
+
+
+def test_harness_stop_also_ends_the_chain_and_a_cancelled_job_does_not_come_back(site: Site) -> None:
+    (site.folder / "hold").touch()
+    first, second = site.submit("--chain", "1", "slurm.requeue=true", "train.steps=100000")
+    site.trains()
+    assert f"runs/run is running already, as job {first}" in site.harness("submit", "run.yaml", code=69)
+    assert "it saves its state and stops" in site.harness("stop", "run", "--timeout", "120")
+    site.ends(first, "FAILED")
+    site.ends(second, "COMPLETED")
+    assert "this job ends; go on with: harness submit runs/run" in site.log(second)
+    assert site.slurm.info(first)["Restarts"] == "0"
+
+    before = site.status()["step"]
+    (third,) = site.submit("slurm.requeue=true", "train.steps=100000")
+    site.trains(before + 6)
+    site.slurm.run("scancel", str(third))
+    site.ends(third, "CANCELLED")
+    site.until(lambda: str(third) not in site.slurm.run("squeue", "-h", "-o", "%A").stdout.split(), "its end")
+    assert site.slurm.state(third) == "CANCELLED"
+    assert site.slurm.info(third)["Restarts"] == "0"
+
+
+def test_a_sweep_is_one_array_with_a_run_for_each_value(site: Site) -> None:
+    (job,) = site.submit("--sweep", "optim.lr=0.05,3e-2")
+    for task in (0, 1):
+        site.ends(f"{job}_{task}", "COMPLETED")
+    rates = {}
+    for name in ("optim.lr=0.05", "optim.lr=3e-2"):
+        run = site.folder / "runs/run" / name
+        assert site.status(f"runs/run/{name}")["state"] == "finished"
+        lines = map(json.loads, (run / "metrics.jsonl").read_text().splitlines())
+        rates[name] = next(line["lr"] for line in lines if line["kind"] == "train")
+    assert list(rates.values()) == [0.05, 0.03]
+    shown = site.harness("status", "runs/run").splitlines()
+    assert [line.split()[:3] for line in shown[1:]] == [
+        ["optim.lr=0.05", "finished", "30/30"],
+        ["optim.lr=3e-2", "finished", "30/30"],
+    ]
+
+
+@pytest.mark.parametrize(
+    ("words", "code", "sentence"),
+    [
+        (["slurm.partition=nope"], 69, "sbatch refused the job: invalid partition specified: nope"),
+        (["slurm.nodes=4"], 69, "slurm.nodes 4 is more than the 2 nodes of partition main"),
+        (["slurm.time=20s", "stop.margin=30", "slurm.margin=1s"], 78, "slurm.time (20 s) is not longer than stop.mar"),
+        (["slurm.time=1m"], 78, "slurm.margin (60 s) is not shorter than slurm.time (60 s)"),
+        (["launch.ranks=3", "train.global_batch=16"], 78, "16"),
+        (["slurm.extra={frobnicate: 1}"], 69, "sbatch refused the job: unrecognized option '--frobnicate=1'"),
+    ],
+)
+def test_what_slurm_cannot_do_is_said(site: Site, words: list[str], code: int, sentence: str) -> None:
+    said = site.harness("submit", "run.yaml", *words, code=code)
+    assert f"error: {sentence}" in said or (code == 78 and sentence in said)
+    assert not site.slurm.run("squeue", "-h").stdout.strip()
+
+
+def test_where_scontrol_is_missing_the_command_to_type_is_told(site: Site) -> None:
+    """A job in which scontrol fails, as in a container: the state is saved, and what to type is in its log."""
+    fake = site.folder / "bin" / "scontrol"
+    fake.parent.mkdir()
+    fake.write_text("#!/bin/bash\nexit 1\n")
+    fake.chmod(0o755)
+    (site.folder / "hold").touch()
+    site.env["PATH"] = f"{fake.parent}:{site.env['PATH']}"
+    (job,) = site.submit("slurm.requeue=true", "train.steps=100000")
+    site.trains()
+    site.slurm.run("scancel", "--batch", "--signal=USR2", str(job))
+    site.ends(job, "FAILED")
+    assert f"job {job} could not be put back into the queue: code 1" in site.log(job)
+    assert "type, where Slurm's commands are: sbatch runs/run/job.sh" in site.log(job)

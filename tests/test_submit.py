@@ -1,0 +1,222 @@
+"""`harness submit` and what a job does before and after its run, without a Slurm: its commands are fakes on PATH."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from harness.config import Config
+from harness.errors import UsageError
+from harness.rundir import RunDir, open_run, write_json
+from launch.cli import execute
+from launch.requeue import go_on, nothing_left
+from launch.submit import sweeps
+
+JOB = {"SLURM_JOB_ID": "17"}
+
+
+@pytest.fixture(autouse=True)
+def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("PATH", f"{tmp_path / 'bin'}:/bin")
+    for name in [name for name in os.environ if name.startswith("SLURM")]:
+        monkeypatch.delenv(name)
+    for name in ("sbatch", "scontrol", "squeue", "sacct", "sinfo"):
+        fake(tmp_path, name, "exit 1")
+    (tmp_path / "run.yaml").write_text(
+        "name: run\ntask: {name: linear}\ntrain: {steps: 12, global_batch: 16}\nslurm: {margin: 1m}\n"
+    )
+    return tmp_path
+
+
+def fake(here: Path, name: str, text: str) -> None:
+    (here / "bin").mkdir(exist_ok=True)
+    (here / "bin" / name).write_text(f"#!/bin/bash\n{text}\n")
+    (here / "bin" / name).chmod(0o755)
+
+
+def a_run(**slurm: Any) -> tuple[RunDir, Config]:
+    values = {"name": "run", "task": {"name": "linear"}, "train": {"steps": 12, "global_batch": 16}, "slurm": slurm}
+    config = Config.model_validate(values)
+    run = open_run(config)
+    run.new_attempt()
+    return run, config
+
+
+def ended(run: RunDir, state: str, **fields: Any) -> None:
+    write_json(run.status, {"state": state, "step": 12, "steps": 12, "attempt": 1, "time": 5000.0} | fields)
+
+
+def test_submission_is_by_argv_with_the_frozen_config(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    fake(here, "sbatch", 'printf "<%s>" "$@" >>calls; echo >>calls; env >environment; echo $((40 + $(wc -l <calls)))')
+    os.environ |= {"SLURM_JOB_ID": "3", "SBATCH_PARTITION": "other", "SBATCH_ACCOUNT": "mine"}
+    try:
+        assert execute(["submit", "run.yaml", "slurm.partition=main", "train.steps=24", "--chain", "2"]) == 0
+    finally:
+        for name in ("SLURM_JOB_ID", "SBATCH_PARTITION", "SBATCH_ACCOUNT"):
+            del os.environ[name]
+    assert (here / "calls").read_text().splitlines() == [
+        "<--parsable><runs/run/job.sh>",
+        "<--parsable><--dependency=afterany:41><runs/run/job.sh><--follow-up>",
+        "<--parsable><--dependency=afterany:42><runs/run/job.sh><--follow-up>",
+    ]
+    environment = (here / "environment").read_text()
+    assert "SLURM_JOB_ID" not in environment
+    assert "SBATCH_PARTITION" not in environment
+    assert "SBATCH_ACCOUNT=mine" in environment  # the script does not say which
+    out = capsys.readouterr().out
+    assert out.endswith("submitted runs/run as job 41, then 42, 43; see: harness status runs/run\n")
+    assert "steps: 24" in (here / "runs/run/config.yaml").read_text()
+    assert json.loads((here / "runs/run/submitted.json").read_text())["jobs"] == ["41", "42", "43"]
+    script = (here / "runs/run/job.sh").read_text()
+    assert out.startswith(script)
+    assert script.splitlines()[-1].endswith('/harness run runs/run "$@"')
+
+
+def test_a_dry_run_touches_nothing(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    fake(here, "sbatch", "touch called")
+    assert execute(["submit", "run.yaml", "--dry-run"]) == 0
+    assert capsys.readouterr().out.startswith("#!/bin/bash\n")
+    assert sorted(path.name for path in here.iterdir()) == ["bin", "run.yaml"]
+
+
+def test_what_was_submitted_is_known_when_the_chain_breaks(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    fake(
+        here,
+        "sbatch",
+        "[ -e first ] && { echo 'sbatch: error: QOSMaxSubmitJobPerUserLimit' >&2; exit 1; }\n" + "touch first; echo 41",
+    )
+    assert execute(["submit", "run.yaml", "--chain", "2"]) == 69
+    said = capsys.readouterr()
+    assert "submitted runs/run as job 41;" in said.out
+    assert "error: sbatch refused the job: QOSMaxSubmitJobPerUserLimit\n  `sacctmgr show qos`" in said.err
+    assert json.loads((here / "runs/run/submitted.json").read_text())["jobs"] == ["41"]
+
+
+def test_no_sbatch(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (here / "bin/sbatch").unlink()
+    os.environ["PATH"] = str(here / "bin")
+    assert execute(["submit", "run.yaml"]) == 69
+    assert "error: there is no sbatch on PATH\n" in capsys.readouterr().err
+    assert not (here / "runs").exists()
+
+
+def test_combinations_of_a_sweep() -> None:
+    found = sweeps(["optim.lr=1e-3,3e-4", "task.args.x=a/b"])
+    assert [sweep.overrides for sweep in found] == [
+        ("optim.lr=1e-3", "task.args.x=a/b"),
+        ("optim.lr=3e-4", "task.args.x=a/b"),
+    ]
+    assert [sweep.name for sweep in found] == ["optim.lr=1e-3,task.args.x=a_b", "optim.lr=3e-4,task.args.x=a_b"]
+
+
+@pytest.mark.parametrize(
+    ("texts", "sentence"),
+    [
+        (["seed"], "is not of the form"),
+        (["seed="], "is not of the form"),
+        (["seed=1,,2"], "is not of the form"),
+        (["$(id)=1"], "is not of the form"),
+        (["seed=1,1"], "names a value twice"),
+        (["task.name=a/b,a:b"], "would share a run directory"),
+        (["seed=" + ",".join(map(str, range(40))), "data.block=" + ",".join(map(str, range(40)))], "more than 1000"),
+    ],
+)
+def test_a_sweep_that_is_none(texts: list[str], sentence: str) -> None:
+    with pytest.raises(UsageError, match=sentence):
+        sweeps(texts)
+
+
+def test_a_sweep_over_what_the_whole_array_shares(capsys: pytest.CaptureFixture[str]) -> None:
+    assert execute(["submit", "run.yaml", "--sweep", "slurm.nodes=1,2", "--dry-run"]) == 64
+    assert "all tasks of an array are alike in slurm and launch.ranks" in capsys.readouterr().err
+
+
+def test_a_mistake_in_one_run_of_a_sweep_submits_none(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    fake(here, "sbatch", "touch called; echo 41")
+    assert execute(["submit", "run.yaml", "--sweep", "optim.lr=1e-3,much"]) == 78
+    assert not (here / "called").exists()
+    assert not (here / "runs").exists()
+
+
+@pytest.mark.parametrize(
+    ("state", "fields", "submitted", "over"),
+    [
+        ("finished", {}, None, True),
+        ("finished", {"steps": 6}, None, False),  # the config now asks for 12
+        ("finished", {}, 4000.0, True),
+        ("finished", {}, 6000.0, False),  # submitted after it had finished
+        ("stopped", {}, None, False),
+        ("failed", {}, None, False),
+    ],
+)
+def test_a_follow_up_job_ends_where_the_run_has_finished(
+    state: str, fields: dict[str, Any], submitted: float | None, over: bool
+) -> None:
+    run, config = a_run()
+    ended(run, state, **fields)
+    if submitted is not None:
+        write_json(run.root / "submitted.json", {"jobs": [], "time": submitted})
+    assert (nothing_left(run, config, follow_up=True, environ=JOB) is not None) == over
+    assert nothing_left(run, config, follow_up=False, environ=JOB) is None
+    again = JOB | {"SLURM_RESTART_COUNT": "1"}
+    assert (nothing_left(run, config, follow_up=False, environ=again) is not None) == over
+
+
+@pytest.mark.parametrize(("text", "over"), [("asked by me on x\n", True), ("", True), ("signal\n", False)])
+def test_a_follow_up_job_ends_where_a_person_has_stopped_the_run(text: str, over: bool) -> None:
+    run, config = a_run()
+    ended(run, "stopped")
+    run.stop.write_text(text)
+    assert (nothing_left(run, config, follow_up=True, environ=JOB) is not None) == over
+
+
+def test_a_job_goes_back_into_the_queue(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    fake(here, "scontrol", '[ "$1" = requeue ] && echo "$@" >>calls || echo "JobState=RUNNING Reason=None"')
+    run, config = a_run(requeue=True)
+    run.stop.write_text("signal\n")
+    array = {"SLURM_JOB_ID": "19", "SLURM_ARRAY_JOB_ID": "17", "SLURM_ARRAY_TASK_ID": "1"}
+    go_on(run, config, JOB)
+    go_on(run, config, array)
+    assert (here / "calls").read_text() == "requeue 17\nrequeue 17_1\n"
+    assert "job 17 goes back into the queue" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("why", ["cancelled", "preempted", "by a person", "outside a job", "not asked for"])
+def test_a_job_that_must_not_come_back(why: str, here: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    state = why.upper() if why in ("cancelled", "preempted") else "RUNNING"
+    fake(here, "scontrol", f'[ "$1" = requeue ] && echo "$@" >>calls || echo "JobState={state} Reason=None"')
+    run, config = a_run(requeue=why != "not asked for")
+    run.stop.write_text("asked by me" if why == "by a person" else "signal")
+    go_on(run, config, {} if why == "outside a job" else JOB)
+    assert not (here / "calls").exists()
+    said = capsys.readouterr().err
+    assert (f"could not be put back into the queue: it is {state}" in said) == (state != "RUNNING")
+
+
+def test_where_requeueing_fails_the_chained_job_goes_on(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    fake(here, "scontrol", "echo 'Requested operation is presently disabled for job 17' >&2; exit 1")
+    fake(here, "squeue", "echo '18|18|PENDING|Dependency'")
+    run, config = a_run(requeue=True)
+    write_json(run.root / "submitted.json", {"jobs": ["17", "18"], "time": 1.0})
+    go_on(run, config, JOB)
+    said = capsys.readouterr().err
+    assert "could not be put back into the queue: Requested operation is presently disabled for job 17" in said
+    assert "job 18 goes on with it" in said
+
+
+def test_else_the_command_to_type_is_told(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (here / "bin/scontrol").unlink()
+    os.environ["PATH"] = str(here / "bin")
+    run, config = a_run(requeue=True)
+    go_on(run, config, JOB)
+    said = capsys.readouterr().err
+    assert "there is no scontrol here" in said
+    assert "harness submit runs/run" in said
+    (run.root / "job.sh").touch()
+    go_on(run, config, JOB)
+    assert "sbatch runs/run/job.sh" in capsys.readouterr().err
