@@ -124,6 +124,30 @@ def kill_and_restore(directory: Path, mode: str, rounds: int, seed: int) -> None
     assert sorted(path.name.partition("-")[0] for path in checkpoints.iterdir()) == ["lease", "step", "step"]
 
 
+@pytest.mark.mpi
+@needs_mpirun
+def test_a_second_job_is_refused_before_it_trains(tmp_path: Path) -> None:
+    """And where the first one has crashed, the next one takes over at once."""
+    first = Round(tmp_path, "direct", 2)
+    try:
+        first.until(first.trains)
+        second = tmp_path / "second"
+        (second / "pids").mkdir(parents=True)
+        (second / "checkpoints").symlink_to(tmp_path / "checkpoints")  # however it is called
+        done = ranks(2, [SCRIPT, str(second), "direct", "6"])
+        assert done.returncode != 0 and "is in use by process" in done.stderr, done.stdout + done.stderr
+        assert not durable(second) and not any((second / "pids").iterdir())
+        before = len(durable(tmp_path))
+        first.until(lambda: len(durable(tmp_path)) > before)  # it does not mind
+        first.kill([0])
+    finally:
+        first.end()
+    done = ranks(2, [SCRIPT, str(second), "direct", "6"])
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert float((second / "claimed").read_text()) < 3.0
+    assert durable(second)[-1] > durable(tmp_path)[-1]
+
+
 MODES = [("direct", 5, 50), ("lazy", 2, 25), ("mpio", 3, 25)]
 
 
