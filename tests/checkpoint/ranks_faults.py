@@ -13,6 +13,7 @@ import re
 import shutil
 import socket
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -26,7 +27,19 @@ else:
 
 import numpy as np
 
-from harness.checkpoint import Horovod, Manager, Mpi, SaveFailed, State, detect, every, keep_all, saving, writing
+from harness.checkpoint import (
+    Horovod,
+    Manager,
+    Mpi,
+    SaveFailed,
+    State,
+    detect,
+    every,
+    keep_all,
+    saving,
+    staging,
+    writing,
+)
 from harness.checkpoint.comm import Comm
 from harness.checkpoint.engines import EngineName
 from harness.checkpoint.engines.output import Output
@@ -247,6 +260,42 @@ class Checks:
                     assert len(self.lines) <= 1, self.lines
                     self.same([path for path in self.steps("phases") if ".tmp-" in path or f"{step:08d}" in path], [])
                     self.saves_again(manager, step + 1)
+
+    def check_an_error_in_a_writer_thread(self) -> None:
+        """A rank's part is large enough for several threads; one of them fails."""
+        images, staging.IMAGE = staging.IMAGE, 1 << 20
+        try:
+            with self.manager("thread", engine="direct") as manager:
+                self.saves_again(manager, 1)
+                hit: list[str] = []
+                original = Output.write
+
+                def write(*args: Any) -> Any:
+                    time.sleep(0.05)  # so that none of them does all the work
+                    if threading.current_thread().name.startswith("checkpoint-writer"):
+                        hit.append("here")
+                        _fail()
+                    return original(*args)
+
+                large = {"a": np.arange(12_000_000)}
+                with self.patched(Output, "write", write, self.last):
+                    assert manager.save(2, State(arrays=large)) is not None
+                    words = self.told_alike(manager.wait)
+                assert f"rank {self.last} on" in words and "while it wrote its part: Input/output error" in words
+                assert bool(hit) is (self.comm.rank == self.last)
+                self.same(self.steps("thread"), ["step-00000001"])
+                self.saves_again(manager, 3)
+        finally:
+            staging.IMAGE = images
+
+    def check_short_writes_are_completed(self) -> None:
+        original = os.pwrite
+        for engine in self.engines:
+            with self.manager("short", engine=engine) as manager:
+                for victim in (0, self.last):
+                    short = lambda at, data, to: original(at, memoryview(data)[: max(1, len(data) // 3)], to)  # noqa: E731
+                    with self.patched(os, "pwrite", short, victim):
+                        self.saves_again(manager, victim + 1)
 
     def check_late_failures_are_told_once(self) -> None:
         with self.manager("once", save=every(steps=1), busy="wait") as manager:
