@@ -10,6 +10,37 @@ import torch
 
 from harness.checkpoint import Manager, Single
 
+OPTIMIZERS: dict[str, Any] = {
+    "SGD": lambda p: torch.optim.SGD(p, lr=0.1),
+    "SGD, decay": lambda p: torch.optim.SGD(p, lr=0.1, weight_decay=0.01),
+    "SGD, momentum": lambda p: torch.optim.SGD(p, lr=0.1, momentum=0.9, dampening=0.1),
+    "SGD, nesterov, maximize": lambda p: torch.optim.SGD(p, lr=0.01, momentum=0.9, nesterov=True, maximize=True),
+    "SGD, fused": lambda p: torch.optim.SGD(p, lr=0.1, momentum=0.9, fused=True),
+    "SGD, foreach": lambda p: torch.optim.SGD(p, lr=0.1, momentum=0.9, foreach=True),
+    "Adagrad": lambda p: torch.optim.Adagrad(p, lr=0.1, lr_decay=0.1),
+    "Adagrad, fused": lambda p: torch.optim.Adagrad(p, lr=0.1, fused=True),
+    "RMSprop": lambda p: torch.optim.RMSprop(p, lr=0.01, momentum=0.9, centered=True),
+    "Adam": lambda p: torch.optim.Adam(p, lr=0.01, amsgrad=True),
+    "Adam, fused, amsgrad": lambda p: torch.optim.Adam(p, lr=0.01, amsgrad=True, fused=True),
+    "Adam, foreach": lambda p: torch.optim.Adam(p, lr=0.01, foreach=True),
+    "Adam, lr a tensor": lambda p: torch.optim.Adam(p, lr=torch.tensor(0.01)),
+    "Adam, betas tensors": lambda p: torch.optim.Adam(p, lr=0.01, betas=(torch.tensor(0.9), torch.tensor(0.99))),
+    "AdamW": lambda p: torch.optim.AdamW(p, lr=0.01),
+    "AdamW, fused": lambda p: torch.optim.AdamW(p, lr=0.01, fused=True),
+    "Adadelta": lambda p: torch.optim.Adadelta(p),
+    "Adamax": lambda p: torch.optim.Adamax(p),
+    "NAdam": lambda p: torch.optim.NAdam(p, decoupled_weight_decay=True, weight_decay=0.1),
+    "RAdam": lambda p: torch.optim.RAdam(p),
+    "ASGD": lambda p: torch.optim.ASGD(p, t0=2.0),
+    "Rprop": lambda p: torch.optim.Rprop(p),
+    "Adafactor": lambda p: torch.optim.Adafactor(p),
+    "LBFGS": lambda p: torch.optim.LBFGS(p, lr=0.1, max_iter=3, history_size=2),
+    "LBFGS, line search": lambda p: torch.optim.LBFGS(p, max_iter=3, line_search_fn="strong_wolfe"),
+    "Muon": lambda p: torch.optim.Muon([parameter for parameter in p if parameter.ndim == 2], lr=0.01),
+}
+OPTIMIZERS = {name: make for name, make in OPTIMIZERS.items() if hasattr(torch.optim, name.partition(",")[0])}
+"""Every optimizer of torch but the one of sparse gradients: parameters -> optimizer."""
+
 
 def bits(value: Any) -> Any:
     """A value with every tensor replaced by its dtype, shape and bytes, so that == compares by bits."""
