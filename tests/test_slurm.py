@@ -118,6 +118,68 @@ def site(cluster: MiniSlurm, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
     cluster.wait_empty(30)
 
 
+SCRIPTS = sorted((ROOT / "slurm").glob("*.sh"))
+
+
+@pytest.mark.parametrize("script", SCRIPTS, ids=lambda path: path.name)
+def test_ready_scripts_are_clean(script: Path) -> None:
+    subprocess.run(["bash", "-n", str(script)], check=True)
+    if shutil.which("shellcheck"):
+        subprocess.run(["shellcheck", str(script)], check=True)
+    assert os.access(script, os.X_OK)
+    options = [line for line in script.read_text().splitlines() if line.startswith("#SBATCH ")]
+    assert script.name == "chain.sh" or "#SBATCH --signal=B:USR2@120" in options
+
+
+def submitted(site: Site, *words: str) -> int:
+    return int(site.slurm.run("sbatch", "--parsable", *words, env=site.env).stdout)
+
+
+@pytest.mark.parametrize("name", ["many_nodes_srun", "many_nodes_mpirun", "horovodrun"])
+def test_ready_scripts_start_ranks(name: str, site: Site) -> None:
+    job = submitted(site, str(ROOT / f"slurm/{name}.sh"), "run.yaml", "train.steps=4")
+    site.ends(job, "COMPLETED", "FAILED")
+    log = (site.folder / f"harness-{job}.log").read_text()
+    assert site.slurm.state(job) == "COMPLETED", log
+    assert (site.status()["state"], site.status()["world"]) == ("finished", 2)
+    assert f"2 ranks on {1 if name == 'horovodrun' else 2} host" in log
+
+
+def test_ready_scripts_for_one_node_arrays_and_chains(site: Site) -> None:
+    words = ("run.yaml", "train.steps=4")
+    array = submitted(site, "--array=0,2", str(ROOT / "slurm/array.sh"), *words, "launch.ranks=1")
+    chain = site.slurm.run(
+        "bash", str(ROOT / "slurm/chain.sh"), "2", str(ROOT / "slurm/single_node.sh"), *words, "launch.ranks=1",
+        env=site.env,
+    ).stdout.split()  # fmt: skip
+    assert len(chain) == 2
+    again = submitted(site, str(ROOT / "slurm/requeue.sh"), *words, "launch.ranks=1", "run_dir=runs/again")
+    for job in (*chain, again, *(f"{array}_{task}" for task in (0, 2))):
+        site.ends(job, "COMPLETED")
+    assert "this job has nothing left to do" in (site.folder / f"harness-{chain[1]}.log").read_text()
+    found = [path.parent.relative_to(site.folder) for path in site.folder.glob("runs/**/status.json")]
+    rates = [f"sweep/optim.lr={rate}" for rate in ("1e-2", "1e-3")]
+    assert sorted(map(str, found)) == sorted(f"runs/{name}" for name in ("again", "run", *rates))
+    assert all(site.status(str(name))["state"] == "finished" for name in found)
+
+
+@pytest.mark.slow
+def test_a_preempted_run_goes_on(site: Site) -> None:
+    """Not warned at all, as on some sites: what was done since the last checkpoint is done again."""
+    (site.folder / "hold").touch()
+    words = ("run.yaml", "launch.ranks=1", "checkpoint.every=2")
+    job = submitted(site, str(ROOT / "slurm/preemptible.sh"), *words)
+    site.trains(6)
+    urgent = submitted(site, "--partition=urgent", "--nodes=2", "--exclusive", "--wrap=true")
+    site.ends(urgent, "COMPLETED")
+    (site.folder / "hold").unlink()
+    site.ends(job, "COMPLETED")
+    assert site.slurm.info(job)["Restarts"] == "1"
+    log = (site.folder / f"harness-{job}.log").read_text()
+    assert "resumed from the checkpoint at step" in log
+    assert (site.status()["state"], site.status()["step"]) == ("finished", 30)
+
+
 def parameters(run: Path) -> dict[str, bytes]:
     from harness.checkpoint import open_checkpoint
 
@@ -154,6 +216,7 @@ def test_two_nodes_and_a_requeue_end_like_an_undisturbed_run(site: Site) -> None
     assert shown.count("finished") == 2
 
 
+@pytest.mark.slow
 def test_the_clock_stops_it_before_the_time_limit(site: Site) -> None:
     (site.folder / "hold").touch()
     (job,) = site.submit("slurm.time=1m", "slurm.margin=1s", "stop.margin=35", "slurm.requeue=true", "train.steps=500")
@@ -239,6 +302,7 @@ def test_what_slurm_cannot_do_is_said(site: Site, words: list[str], code: int, s
     assert not site.slurm.run("squeue", "-h").stdout.strip()
 
 
+@pytest.mark.slow
 def test_where_scontrol_is_missing_the_command_to_type_is_told(site: Site) -> None:
     """A job in which scontrol fails, as in a container: the state is saved, and what to type is in its log."""
     fake = site.folder / "bin" / "scontrol"
