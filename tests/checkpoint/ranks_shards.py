@@ -180,7 +180,7 @@ class Checks(Base):
         for name in found:
             for turned in (False, True):
                 state = parts(99, rank, size, turned)
-                manager = self.manager(name, fresh=False)
+                manager = self.manager(name, fresh=False, read="exchange" if turned else "all")
                 assert manager.restore(State(tensors=state)) == 5
                 assert as_bits(state) == as_bits(parts(1, rank, size, turned)), (name, turned)
             whole = globally(99)
@@ -270,6 +270,13 @@ class Checks(Base):
             del restored["whole"]
             manager.restore(State(tensors=restored))
             assert bits(restored) == bits({name: globally(1)[name] for name in part_of}), engine
+            manager.close()
+            # What the replicas have in common they read together.
+            manager = self.manager("copies", fresh=False, read="exchange")
+            rows = regions(rank % halves, halves, turned=False)
+            mine = {name: Shard(part(globally(99)[name], region), region) for name, region in rows.items()}
+            manager.restore(State(tensors=mine))
+            assert as_bits(mine) == bits({name: part(globally(1)[name], region) for name, region in rows.items()})
             manager.close()
             manager = self.manager("copies", engine=engine)
             if rank == size - 1:

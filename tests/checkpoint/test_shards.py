@@ -443,7 +443,7 @@ def restore_one(tree: Tree, path: Path, manifest: Manifest, comm: Thread, odd: b
         live = np.zeros((*live.shape, 2), live.dtype)[..., 0] if odd else live  # not contiguous
         arrays[leaf.name] = live
         parts[leaf.name] = [Buffer(live) if region is None else Part(live, region)]
-    load(path, manifest, parts, comm)
+    load(path, manifest, parts, comm, read="exchange")
     for name, array in arrays.items():
         expected = tree.values[name]
         expected = take(expected, tree.regions[name][comm.rank]) if name in tree.regions else expected
