@@ -43,7 +43,7 @@ from harness.checkpoint import (
 from harness.checkpoint.comm import Comm
 from harness.checkpoint.engines import EngineName
 from harness.checkpoint.engines.output import Output
-from harness.errors import StorageError
+from harness.errors import HarnessError
 
 TIMEOUT = 1.5
 """Seconds until a save is given up where a rank is missing."""
@@ -339,7 +339,7 @@ class Checks:
                 try:
                     work()
                     words = ""
-                except StorageError as error:
+                except HarnessError as error:
                     words = str(error)
                 found: list[Any] = self.comm.all_gather(words)
                 assert len(set(found)) == 1 and "is in use by process" in found[0], found

@@ -87,7 +87,7 @@ def kill_and_restore(directory: Path, mode: str, rounds: int, seed: int) -> None
     checkpoints = directory / "checkpoints"
     expected, last, unfinished = make(mode), 0, 0
     for number in range(rounds):
-        size = (2, 4)[number % 2]
+        size = (2, 4)[number % 2] if rounds > 2 else 2
         before = len(durable(directory))
         job = Round(directory, mode, size)
         try:
