@@ -21,6 +21,7 @@ from harness.failure import code_of, leave, record
 from harness.log import redirect
 from harness.rundir import Attempt, RunDir, open_run, storage_errors
 from harness.stop import listen
+from harness.watchdog import Watchdog
 
 if TYPE_CHECKING:
     from harness.config import Config
@@ -150,7 +151,8 @@ class Rank:
 
     def _use(self, attempt: Attempt) -> None:
         self.attempt = attempt
-        redirect(attempt.log(self.environment.rank), console=self.environment.rank == 0)
+        log = redirect(attempt.log(self.environment.rank), console=self.environment.rank == 0)
+        Watchdog(self.clock, attempt, self.environment, self.config.watchdog, log).start()
 
     def _check_same_config(self) -> None:
         """Ranks that train different configs would hang or mix their gradients. Collective."""

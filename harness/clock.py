@@ -19,26 +19,42 @@ OWN_WORK = ("data", "forward/backward", "update")
 
 
 class Clock:
-    """Sections do not overlap and may nest; the inner one's time counts for it alone."""
+    """Sections do not overlap and may nest; the inner one's time counts for it alone.
+
+    The watchdog's thread reads `place` at any moment; all else belongs to the thread that trains.
+    """
 
     def __init__(self) -> None:
         self.step: int | None = None
-        self.section = "start"
+        self.place: tuple[str, float] = ("start", time.perf_counter())
+        """The section, and when it was entered (by time.perf_counter): one value, so that both belong together."""
         self.seconds: dict[str, float] = {}
+        self._inner = 0.0  # seconds of the sections within the current one
+
+    @property
+    def section(self) -> str:
+        return self.place[0]
+
+    @section.setter
+    def section(self, name: str) -> None:
+        self.place = (name, time.perf_counter())
+
+    def begin(self, step: int) -> None:
+        """A step begins; between its sections a rank is in `step`."""
+        self.step = step
+        self.section = "step"
 
     @contextmanager
     def __call__(self, section: str) -> Iterator[None]:
-        outer, self.section = self.section, section
-        inner_before = sum(self.seconds.values())
+        outer, inner, self._inner = self.section, self._inner, 0.0
+        self.section = section
         begin = time.perf_counter()
-        try:
-            yield
-        except BaseException:
-            raise  # `section` stays: it names where the exception came from
-        else:
-            spent = time.perf_counter() - begin - (sum(self.seconds.values()) - inner_before)
-            self.seconds[section] = self.seconds.get(section, 0.0) + spent
-            self.section = outer
+        # after an exception `section` stays: it names where that came from
+        yield
+        elapsed = time.perf_counter() - begin
+        self.seconds[section] = self.seconds.get(section, 0.0) + elapsed - self._inner
+        self._inner = inner + elapsed
+        self.section = outer
 
     def take(self) -> dict[str, float]:
         """Seconds by section since the last call."""

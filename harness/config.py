@@ -247,6 +247,36 @@ class Stop(Section):
         return self
 
 
+class Watchdog(Section):
+    """How long a rank may stay in one place before it counts as hung, and the run is ended; 0: for ever."""
+
+    start: Duration = 600.0
+    """Until the first step: MPI and Horovod come up, the task is built."""
+    data: Duration = 600.0
+    """For one batch of data."""
+    step: Duration = 600.0
+    """For each part of a step: forward and backward, communication, update."""
+    evaluation: Duration = 1800.0
+    """For an evaluation, and for what follows the last step."""
+    save: Duration = 1800.0
+    """For reading a checkpoint, and for what training waits for when one is written."""
+    silence: Duration = 120.0
+    """How long a rank may be stopped (by SIGSTOP or a debugger)."""
+
+
+class Restart(Section):
+    """How `harness run` starts a run again that has failed; never after a mistake of the user or a wish to stop."""
+
+    most: Count = 0
+    """Restarts in a row without progress; a new checkpoint, or a step further than ever, begins a new row."""
+    backoff: Duration = 10.0
+    """Wait before the first restart of a row; each further one waits twice as long."""
+    longest: Duration = 300.0
+    """The longest wait."""
+    min_ranks: Positive | None = None
+    """Go on with fewer ranks, at least so many, where a host is gone; unset: only with all. The global batch stays."""
+
+
 class Launch(Section):
     """How ranks are started. The command line's `-n`, `-H`, `--hostfile` and `--launcher` come before these."""
 
@@ -332,6 +362,8 @@ class Config(Section):
     checkpoint: Checkpoint = Checkpoint()
     log: Log = Log()
     stop: Stop = Stop()
+    watchdog: Watchdog = Watchdog()
+    restart: Restart = Restart()
     launch: Launch = Launch()
     slurm: Slurm = Slurm()
 

@@ -44,10 +44,10 @@ class Tee:
         return self.console.fileno()
 
 
-def redirect(path: Path, *, console: bool) -> None:
+def redirect(path: Path, *, console: bool) -> TextIO:
     """Send this process's output to `path` (appended), and with `console` also to where it went before.
 
-    Fatal signals write their stacks to the file.
+    Fatal signals write their stacks to the file, which is returned.
     """
     with storage_errors(path):
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -56,8 +56,9 @@ def redirect(path: Path, *, console: bool) -> None:
     if console:
         sys.stdout = Tee(sys.stdout, file)
         sys.stderr = Tee(sys.stderr, file)
-        return
+        return file
     sys.stdout.flush()
     sys.stderr.flush()
     os.dup2(file.fileno(), 1)
     os.dup2(file.fileno(), 2)
+    return file

@@ -14,6 +14,7 @@ evaluate, save, export
 from __future__ import annotations
 
 import math
+import os
 import time
 from collections.abc import Generator
 from contextlib import closing, nullcontext
@@ -21,12 +22,14 @@ from contextlib import closing, nullcontext
 import torch
 
 from harness.checkpoint import latest
+from harness.checkpoint.store import roll_back
 from harness.data import Batch, to_device, train_batches
 from harness.errors import ConfigError, Stopped, StorageError
 from harness.evaluate import evaluate
 from harness.job import Job, seed_generators
 from harness.metrics import Interval, Meter
 from harness.nonfinite import handle_nonfinite
+from harness.rundir import ROLL_BACK
 from harness.schedule import factor
 from harness.units import show_duration
 from harness.update import Step
@@ -48,7 +51,7 @@ def train(job: Job) -> None:
     ended = due(first, job.config.eval.every) and job.progress.evaluated != first and run_evaluation(job, first)
     with batches_of(job, first) as batches:
         for step in range(first, first if ended else job.steps):
-            job.clock.step = step
+            job.clock.begin(step)
             seed_generators(job.config.seed, step, job.world.rank)
             lr_factor = factor(job.config.schedule, step, job.steps)
             job.update.begin(lr_factor)
@@ -144,6 +147,8 @@ def batches_of(job: Job, first: int) -> closing[Generator[Batch, None, None]]:
 def restore(job: Job) -> int:
     """The step to go on from: 0 on a fresh start. Collective."""
     job.clock.section = "restore"
+    if job.world.is_root and (name := os.environ.get(ROLL_BACK)):
+        roll_back(job.run.checkpoints, job.run.checkpoints / name)  # two starts have failed from a newer one
     found = job.world.is_root and not job.config.checkpoint.resume and latest(job.run.checkpoints) is not None
     if job.world.comm.broadcast(found):
         raise ConfigError(

@@ -55,7 +55,8 @@ class Meter:
         taken = clock.take()
         steps = max(self.steps, 1)
         mine = [stop, save, loss, self.steps, *(taken.get(name, 0.0) for name in SECTIONS)]
-        table = world.exchange(mine, "log/interval")
+        with clock("metrics"):
+            table = world.exchange(mine, "log/interval")
         seconds = time.perf_counter() - self.begin
         self.loss, self.steps, self.begin = None, 0, time.perf_counter()
         return summarize(table, seconds, steps)

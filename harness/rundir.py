@@ -12,6 +12,9 @@ RUN/config.yaml            the frozen config: `harness run RUN` goes on with it
         command.json       what was started, where, with what environment
         logs/rank-0.log    everything each rank printed
         errors/rank-0.json a rank's exception: type, message, traceback, host, step, section
+        heartbeats/rank-0.json   where each rank is, every few seconds
+        stacks             when this file appears, every rank writes the stacks of its threads into its log
+        ending.json        how it ended, and what came of it
 """
 
 from __future__ import annotations
@@ -27,6 +30,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from harness.errors import ConfigError, InputMissing, StorageError
+from harness.heartbeat import Heartbeat, parse
 
 if TYPE_CHECKING:
     from harness.config import Config
@@ -34,6 +38,10 @@ if TYPE_CHECKING:
 
 CONSEQUENCES = ("HorovodInternalError",)
 """Errors a rank has because another one failed first."""
+
+
+ROLL_BACK = "HARNESS_ROLL_BACK"
+"""Environment variable: the name of the checkpoint that the ranks of this start go back to."""
 
 
 @dataclass(frozen=True)
@@ -55,6 +63,22 @@ class Attempt:
 
     def error(self, rank: int) -> Path:
         return self.root / "errors" / f"rank-{rank}.json"
+
+    def heartbeat(self, rank: int) -> Path:
+        return self.root / "heartbeats" / f"rank-{rank}.json"
+
+    def heartbeats(self) -> dict[int, Heartbeat]:
+        """The last readable heartbeat of each rank."""
+        found = [parse(_read_object(path)) for path in (self.root / "heartbeats").glob("rank-*.json")]
+        return {one.rank: one for one in sorted(filter(None, found), key=lambda one: one.rank)}
+
+    @property
+    def stacks(self) -> Path:
+        return self.root / "stacks"
+
+    @property
+    def ending(self) -> Path:
+        return self.root / "ending.json"
 
     def errors(self) -> list[dict[str, Any]]:
         """All readable error files, the cause first: by time, but Horovod's "a peer is gone" comes last."""
@@ -118,6 +142,7 @@ class RunDir:
                     number += 1
             (attempt.root / "logs").mkdir()
             (attempt.root / "errors").mkdir()
+            (attempt.root / "heartbeats").mkdir()
         return attempt
 
     def read_status(self) -> dict[str, Any]:

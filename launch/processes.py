@@ -36,6 +36,15 @@ def ranks(program: Sequence[str], run_id: str) -> set[int]:
     return {pid for pid in running if _parent(pid) not in running}
 
 
+def stopped(pid: int) -> bool:
+    """Whether a process of this machine is stopped, by SIGSTOP or a debugger."""
+    try:
+        with open(f"/proc/{pid}/stat", "rb") as handle:
+            return handle.read().rpartition(b")")[2].split()[0] in (b"T", b"t")
+    except (OSError, IndexError):
+        return False
+
+
 def end(session: int, run_id: str, *, grace: float) -> list[int]:
     """Ask all processes of a start to end (TERM), kill what is left after `grace` seconds; returns what was killed."""
     for pid in members(session, run_id):

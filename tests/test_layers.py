@@ -12,7 +12,20 @@ import pytest
 from support import ROOT
 
 HEAVY = {"torch", "mpi4py", "h5py", "numpy", "horovod", "scipy", "sklearn"}
-LAUNCH_MAY = {"config", "resolve", "env", "errors", "units", "batch", "rundir", "optim", "frozen", "jsonschema", "stop"}
+LAUNCH_MAY = {
+    "config",
+    "resolve",
+    "env",
+    "errors",
+    "units",
+    "batch",
+    "rundir",
+    "heartbeat",
+    "optim",
+    "frozen",
+    "jsonschema",
+    "stop",
+}
 """The parts of `harness` that the launcher may use: they import nothing of HEAVY themselves (checked below)."""
 COMMANDS_MAY = LAUNCH_MAY | {"checkpoint"}
 """The parts that `launch/ckpt*.py` may use: it reads checkpoints, which takes numpy, but only when a command runs."""

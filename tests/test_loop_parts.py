@@ -23,7 +23,7 @@ from harness.errors import Stopped, StorageError
 from harness.failure import record
 from harness.job import Job, build
 from harness.log import Tee
-from harness.loop import run_evaluation, train
+from harness.loop import restore, run_evaluation, train
 from harness.rundir import RunDir
 from harness.sinks.jsonl import JsonLines
 from harness.task import Task
@@ -118,6 +118,17 @@ bring_up(identify({}), Horovod(timeline=True), Path(sys.argv[1]))
 """
     subprocess.run([sys.executable, "-c", code, str(tmp_path / "run")], check=True, timeout=100)
     assert (tmp_path / "run/timeline.json").exists()
+
+
+def test_a_start_may_be_told_to_go_back_to_an_older_checkpoint(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    train(job(tmp_path, checkpoint={"every": 2, "mode": "wait"}))
+    monkeypatch.setenv("HARNESS_ROLL_BACK", "step-00000002")
+    again = job(tmp_path)
+    assert restore(again) == 2
+    assert (tmp_path / "checkpoints/step-00000004/aside.json").exists(), "nothing is deleted"
+    again.manager.close()
+    monkeypatch.delenv("HARNESS_ROLL_BACK")
+    assert restore(job(tmp_path)) == 2, "it stays so"
 
 
 def test_data_made_at_random_are_the_same_at_every_start(tmp_path: Path) -> None:
