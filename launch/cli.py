@@ -51,6 +51,12 @@ Launcher = Annotated[
     str | None,
     typer.Option("--launcher", metavar="|".join(LAUNCHERS), callback=_launcher, help="How ranks are started."),
 ]
+Restarts = Annotated[
+    int | None, typer.Option("--restarts", min=0, help="Restarts in a row, without progress, of a run that fails.")
+]
+MinRanks = Annotated[
+    int | None, typer.Option("--min-ranks", min=1, help="Go on with so many ranks at least where a host is gone.")
+]
 Sites = Annotated[list[str] | None, typer.Option("--site", help="A site file of configs/sites, by name or path.")]
 
 
@@ -76,6 +82,8 @@ def run(
     follow_up: Annotated[
         bool, typer.Option("--follow-up", help="A job of a chain: end where the run is over.")
     ] = False,
+    restarts: Restarts = None,
+    min_ranks: MinRanks = None,
 ) -> int:
     """Start a run, or go on with it, and stay until it ends. Ctrl-C saves and stops."""
     from harness.batch import plan_batch
@@ -89,6 +97,8 @@ def run(
 
     values = [*(overrides or []), *_flags(ranks, hosts, hostfile, launcher)]
     values += [f"stop.time={time}"] if time is not None else []
+    values += [f"restart.most={restarts}"] if restarts is not None else []
+    values += [f"restart.min_ranks={min_ranks}"] if min_ranks is not None else []
     settings = resolve(config, values, sites=site or []).config
     if (why := nothing_left(RunDir(Path(settings.directory)), settings, follow_up=follow_up)) is not None:
         _tell(why)
@@ -96,7 +106,7 @@ def run(
     plan = make_plan(settings, [os.path.abspath(settings.directory)])
     plan_batch(global_batch=settings.train.global_batch, ranks=plan.job.ranks, micro_batch=settings.train.micro_batch)
     run_dir = open_run(settings)
-    code = start(plan.with_env(time_limit(settings.stop)), run_dir)
+    code = start(plan.with_env(time_limit(settings.stop)), run_dir, settings)
     if code == Exit.STOPPED:
         go_on(run_dir, settings)
     return code

@@ -1,7 +1,7 @@
 """How a run ended, told to a person: one root cause and what to do next, from what the ranks left behind.
 
-Order of evidence: the ranks' error files, then the status rank 0 wrote, then the launcher's exit code. Pure but for
-reading nothing itself: it is given the error files, the status and the code.
+Order of evidence: the ranks' error files, then the status rank 0 wrote, then heartbeats and the launcher's words, and
+its exit code last. Pure: it is given what the ranks left and reads nothing itself.
 
     ending = judge(errors, status, attempt=3, returncode=137, noise=[...])
     print(ending.text); sys.exit(ending.code)
@@ -14,10 +14,19 @@ import signal
 import textwrap
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from harness.errors import Exit
+from harness.heartbeat import Heartbeat, last_seen
 from harness.rundir import CONSEQUENCES
+
+if TYPE_CHECKING:
+    from launch.watch import Hang
+
+Kind = Literal["finished", "stopped", "user", "crash", "hang", "memory", "lost", "io", "interrupted"]
+"""user: only a person can mend it (config, input, installation, corrupt data); lost: a host is gone."""
+USER = (Exit.USAGE, Exit.DATA, Exit.NO_INPUT, Exit.UNAVAILABLE, Exit.CONFIG)
+OUT_OF_MEMORY = ("MemoryError", "OutOfMemoryError")
 
 _SIGNALLED = re.compile(r"process rank (\d+) with PID \d+ on node (\S+) exited on signal (\d+)")
 _SRUN = re.compile(
@@ -25,6 +34,14 @@ _SRUN = re.compile(
 )
 _SIGNAL_NAMES = {signal.strsignal(number): int(number) for number in signal.valid_signals()}
 _HYDRA = re.compile(r"EXIT STRING: .*\(signal (\d{1,2})\)")
+_LOST = (  # words of Open MPI, Slurm and Hydra for a host that is gone; the group is its name
+    re.compile(r"Remote daemon: \[\[\d+,\d+\],\d+\] on node (\S+)"),
+    re.compile(r"(?i)srun: error: .*node failure on (\S+)"),
+    re.compile(r"(?i)slurmstepd(?:-\S+)?: error: .*CANCELLED AT .*DUE TO NODE (?:FAILURE|(\S+) FAILURE)"),
+    re.compile(r"ORTE (?:has lost communication with a remote daemon|was unable to reliably start)()"),
+    re.compile(r"(?i)srun: error: (?:Node failure|.*lost (?:node|connection to) (\S+))"),
+)
+_MEMORY = re.compile(r"(?i)oom[-_ ]kill|out[ -]of[ -]memory")
 _MOST = 20_000
 
 
@@ -38,6 +55,15 @@ class Ending:
     text: str
     rank: int | None = None
     """The rank that is the root cause, where one is known."""
+    kind: Kind = "crash"
+    host: str | None = None
+    """The host that is gone, where one is known."""
+
+    @property
+    def cause(self) -> str:
+        """The first line, to be put into a table."""
+        first = next((line for line in self.text.splitlines() if line.strip()), self.state)
+        return first.removeprefix("error: ")
 
 
 def judge(
@@ -48,23 +74,38 @@ def judge(
     returncode: int,
     noise: Sequence[str] = (),
     killed: str | None = None,
+    hang: Hang | None = None,
+    heartbeats: Mapping[int, Heartbeat] | None = None,
+    memory: bool = False,
 ) -> Ending:
-    """Classify an end. `returncode` is the launcher's, negative for a signal; `killed` says why we ended the ranks."""
+    """Classify an end. `returncode` is the launcher's, negative for a signal; `killed` says why we ended the ranks.
+
+    `hang`: what the supervisor saw; `memory`: the system ended a process for lack of memory meanwhile.
+    """
     own = status if status.get("attempt") == attempt else {}
-    if errors:
-        cause = min(errors, key=lambda error: str(error.get("type")) in CONSEQUENCES)  # the first by time otherwise
-        return Ending(_code(cause), "failed", _told(cause, len(errors)), _number(cause.get("rank")))
+    real = [error for error in errors if str(error.get("type")) not in CONSEQUENCES]
+    if hang is not None and not real:
+        return Ending(int(Exit.CRASH), "failed", f"error: {hang.text}", hang.rank, _hung(hang), _gone(hang))
+    lost = _lost_host(noise)
+    if errors and (real or lost is None):
+        cause = (real or errors)[0]  # the first by time
+        kind = _kind(cause)
+        return Ending(_code(cause), "failed", _told(cause, len(errors)), _number(cause.get("rank")), kind)
     state, code = own.get("state"), shell_code(returncode)
     if state in ("finished", "stopped"):
         late = f"note: the ranks ended with code {code} after the run had {state}" if code not in (0, 75) else ""
-        return Ending(Exit.FINISHED if state == "finished" else Exit.STOPPED, str(state), late)
+        if state == "finished":
+            return Ending(Exit.FINISHED, "finished", late, kind="finished")
+        return Ending(Exit.STOPPED, "stopped", late, kind="stopped")
     if code == Exit.STOPPED:
-        return Ending(code, "stopped", "")
-    if killed is not None:
+        return Ending(code, "stopped", "", kind="stopped")
+    if lost is not None:
+        return _of_lost_host(lost, code, heartbeats or {})
+    if killed is not None and not (memory and code == 128 + signal.SIGKILL):
         return Ending(code if code else int(Exit.CRASH), "failed", f"error: {killed}")
     if code == 0:
         return Ending(Exit.INTERNAL, "failed", "error: the ranks ended without an error, but the run did not finish")
-    return _lost(code, returncode, own, noise)
+    return _silent(code, returncode, own, noise, heartbeats or {}, memory)
 
 
 def shell_code(returncode: int) -> int:
@@ -77,7 +118,10 @@ def _told(error: Mapping[str, Any], count: int) -> str:
     if error.get("sentence"):
         hint = error.get("hint")
         return f"error: {message}" + (f"\n  {_text(hint)}" if hint else "")
-    head = f"error: rank {error.get('rank')} of {error.get('size')} on {error.get('host')} failed"
+    head = f"error: rank {error.get('rank')} of {error.get('size')} on {error.get('host')}"
+    if error.get("kind") == "hang":
+        return f"{head} hangs: {message}"
+    head += " failed"
     if error.get("step") is not None:
         head += f" at step {error['step']}"
     if error.get("section"):
@@ -91,32 +135,92 @@ def _told(error: Mapping[str, Any], count: int) -> str:
     return "\n".join(lines)
 
 
-def _lost(code: int, returncode: int, status: Mapping[str, Any], noise: Sequence[str]) -> Ending:
-    """No rank said anything: the launcher's words are all there is."""
-    where = f", last seen at step {status['step']}" if status.get("step") is not None else ""
+def _hung(hang: Hang) -> Kind:
+    return "lost" if hang.lost else "hang"
+
+
+def _gone(hang: Hang) -> str | None:
+    return hang.host if hang.lost else None
+
+
+def _lost_host(noise: Sequence[str]) -> str | None:
+    """The name of a host that the launcher has lost, "" where it does not say which; None where it lost none."""
+    found = [match[1] or "" for line in noise for pattern in _LOST if (match := pattern.search(line))]
+    return max(found, key=bool) if found else None
+
+
+def _of_lost_host(host: str, code: int, heartbeats: Mapping[int, Heartbeat]) -> Ending:
+    there = [one for one in heartbeats.values() if host and one.host.split(".")[0] == host.split(".")[0]]
+    text = f"error: the host {host} is gone" if host else "error: the launcher has lost a host"
+    if there:
+        text += f"; rank {there[0].rank} of {there[0].size} on it was {last_seen(there[0])}"
+    return Ending(code or int(Exit.CRASH), "failed", text, there[0].rank if there else None, "lost", host or None)
+
+
+def _silent(
+    code: int,
+    returncode: int,
+    status: Mapping[str, Any],
+    noise: Sequence[str],
+    heartbeats: Mapping[int, Heartbeat],
+    memory: bool,
+) -> Ending:
+    """No rank said anything: the launcher's words are all there is, and where each rank was before."""
+
+    def where(rank: int | None = None) -> str:
+        if rank is not None and rank in heartbeats:
+            return f", {last_seen(heartbeats[rank])}"
+        return f", last seen at step {status['step']}" if status.get("step") is not None else ""
+
+    def killed(number: int) -> tuple[Kind, str]:
+        short = memory or any(_MEMORY.search(line) for line in noise)
+        if number == signal.SIGKILL and short:
+            return "memory", "\n  the system ran out of memory: fewer ranks per host, a smaller train.micro_batch"
+        return "crash", _reason(number)
+
     for line in noise:
         if match := _SIGNALLED.search(line):
-            number = int(match[3])
-            text = f"error: rank {match[1]} on {match[2]} was ended by {_signal(number)}{where}"
-            return Ending(code, "failed", text + _reason(number), int(match[1]))
+            rank, number = int(match[1]), int(match[3])
+            kind, why = killed(number)
+            text = f"error: rank {rank} on {match[2]} was ended by {_signal(number)}{where(rank)}"
+            return Ending(code, "failed", text + why, rank, kind)
         if match := _SRUN.match(line):  # its own code is that of the ranks it then killed; the first is the cause
-            number = _SIGNAL_NAMES.get(match[4], 0)
+            rank, number = int(match[2]), _SIGNAL_NAMES.get(match[4], 0)
             if number:
-                text = f"error: rank {match[2]} on {match[1]} was ended by {_signal(number)}{where}"
-                return Ending(128 + number, "failed", text + _reason(number), int(match[2]))
+                kind, why = killed(number)
+                text = f"error: rank {rank} on {match[1]} was ended by {_signal(number)}{where(rank)}"
+                return Ending(128 + number, "failed", text + why, rank, kind)
+            if match[4] and _MEMORY.search(match[4]):
+                text = f"error: rank {rank} on {match[1]} was ended for lack of memory{where(rank)}"
+                return Ending(128 + signal.SIGKILL, "failed", text, rank, "memory")
             if match[3] and int(match[3]):
-                text = f"error: rank {match[2]} on {match[1]} ended with code {match[3]}{where}"
-                return Ending(int(match[3]), "failed", f"{text} and left no error report", int(match[2]))
+                text = f"error: rank {rank} on {match[1]} ended with code {match[3]}{where(rank)}"
+                code = int(match[3])
+                return Ending(code, "failed", f"{text} and left no error report", rank, _kind_of_code(code))
         if match := _HYDRA.search(line):  # MPICH's launcher then returns the bare number of the signal
             returncode = code = 128 + int(match[1])
+    kind = _kind_of_code(code)
     if returncode < 0:
-        head = f"error: the launcher was ended by {_signal(-returncode)}{where}{_reason(-returncode)}"
+        head = f"error: the launcher was ended by {_signal(-returncode)}{where()}{_reason(-returncode)}"
     elif code > 128:
-        head = f"error: the ranks were ended by {_signal(code - 128)}{where}{_reason(code - 128)}"
+        kind, why = killed(code - 128)
+        head = f"error: the ranks were ended by {_signal(code - 128)}{where()}{why}"
     else:
-        head = f"error: the ranks ended with code {code}{where}; none of them left an error report"
+        head = f"error: the ranks ended with code {code}{where()}; none of them left an error report"
     said = [f"  | {line}" for line in noise[-20:]]
-    return Ending(code, "failed", "\n".join([head, *(["the launcher said:"] if said else []), *said]))
+    return Ending(code, "failed", "\n".join([head, *(["the launcher said:"] if said else []), *said]), kind=kind)
+
+
+def _kind(error: Mapping[str, Any]) -> Kind:
+    if error.get("kind") == "hang":
+        return "hang"
+    if str(error.get("type")) in OUT_OF_MEMORY:
+        return "memory"
+    return _kind_of_code(_code(error))
+
+
+def _kind_of_code(code: int) -> Kind:
+    return "user" if code in USER else "io" if code == Exit.IO else "memory" if code == 253 else "crash"
 
 
 def _reason(number: int) -> str:

@@ -2,9 +2,10 @@
 
 The launcher gets a session of its own, so a terminal's Ctrl-C reaches only this process: the first asks the ranks to
 save and stop (the stop file), the second ends them. Nothing is decided in a signal handler. Starting again after an
-end (restarts, requeue) is not done here: a caller would do it by the `Ending`.
+end is the caller's (`start.py`), by the `Ending`.
 
-    ending = supervise(plan.command, plan.job.program, run, attempt, run_id=uuid4().hex)
+    with handling() as requests:
+        ending = supervise(command, program, run, attempt, run_id=uuid4().hex, requests=requests, settings=watchdog)
 """
 
 from __future__ import annotations
@@ -12,16 +13,16 @@ from __future__ import annotations
 import contextlib
 import os
 import selectors
-import shlex
 import signal
 import subprocess
 import sys
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from io import FileIO
 from pathlib import Path
 from types import FrameType
+from typing import TYPE_CHECKING
 
 from harness.errors import Exit, Unavailable
 from harness.rundir import Attempt, RunDir, storage_errors
@@ -29,24 +30,26 @@ from launch import processes
 from launch.command import Command
 from launch.console import Parted
 from launch.report import Ending, judge
+from launch.watch import Watch, oom_kills
 
-PATIENCE = 5.0
-"""Seconds the ranks have to end by themselves after the first error file or the first rank that is gone."""
+if TYPE_CHECKING:
+    from harness.config import Watchdog
+
 GRACE = 3.0
 """Seconds between TERM and KILL; with PATIENCE a failed job is gone within 10 s."""
-LINGER = 60.0
-"""The same as PATIENCE after rank 0 has said that the run is over."""
 LOG_LIMIT = 256 * 2**20
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2)
 """Besides Ctrl-C; USR2, or what `slurm.signal` says, is what Slurm sends to the batch script before the time limit."""
 
 
 @dataclass
-class _Requests:
-    """Signals that came, by count; filled by the handler, read by the loop."""
+class Requests:
+    """Signals that came, by count; filled by the handler, read by whoever waits."""
 
     interrupts: int = 0
     stops: int = 0
+    asked: bool = False
+    """The ranks have been asked to stop."""
 
     def take(self, number: int, frame: FrameType | None) -> None:
         if number == signal.SIGINT:
@@ -55,55 +58,24 @@ class _Requests:
             self.stops += 1
 
 
-@dataclass
-class _Watch:
-    """When the ranks must be gone, and why. Ranks on other hosts, or that srun started, are not seen."""
-
-    run: RunDir
-    attempt: Attempt
-    program: Sequence[str]
-    run_id: str
-    began: float = field(default_factory=time.monotonic)
-    seen: set[int] = field(default_factory=set)
-    until: float = float("inf")
-    reason: str | None = None
-    _next: float = 0.0
-
-    def overdue(self) -> bool:
-        now = time.monotonic()
-        if now >= self._next:
-            self._next = now + (1.0 if self.seen or now - self.began > 30 else 0.25)  # often, until the ranks are known
-            self._look(now)
-        return now > self.until
-
-    def _look(self, now: float) -> None:
-        if any((self.attempt.root / "errors").glob("rank-*.json")):
-            self._by(now + PATIENCE, "a rank failed, and the others did not end")
-            return
-        status = self.run.read_status()
-        over = status.get("attempt") == self.attempt.number and status.get("state") in ("finished", "stopped")
-        running = processes.ranks(self.program, self.run_id)
-        if over:
-            self._by(now + LINGER, "the run was over, but its processes did not end")
-        if self.seen and not running:
-            self._by(now + PATIENCE, "the ranks of this host have ended, but the launcher did not")
-        elif self.seen - running and not over:
-            self._by(now + PATIENCE, "a rank ended without a word, and the others waited for it")
-        self.seen |= running
-
-    def _by(self, until: float, reason: str) -> None:
-        if until < self.until:
-            self.until, self.reason = until, reason
-
-
-def supervise(command: Command, program: Sequence[str], run: RunDir, attempt: Attempt, *, run_id: str) -> Ending:
+def supervise(
+    command: Command,
+    program: Sequence[str],
+    run: RunDir,
+    attempt: Attempt,
+    *,
+    run_id: str,
+    requests: Requests,
+    settings: Watchdog,
+) -> Ending:
     """Run a command to its end, print what there is to say, and return how it ended.
 
-    Call it on the main thread. No process of the start is left on this machine, whatever happens. Raises Unavailable
-    when the command cannot be started, StorageError when its log cannot be written.
+    `requests` are those of `handling`, which the caller is in. No process of the start is left on this machine,
+    whatever happens. Raises Unavailable when the command cannot be started, StorageError when its log cannot be
+    written.
     """
-    requests = _Requests()
     environment = os.environ | command.env | {processes.RUN_ID: run_id}
+    memory = oom_kills()
     with storage_errors(attempt.root):
         log = open(attempt.root / "launcher.log", "wb", buffering=0)  # noqa: SIM115 - closed below
     with log:
@@ -120,47 +92,47 @@ def supervise(command: Command, program: Sequence[str], run: RunDir, attempt: At
             raise Unavailable(f"{command.argv[0]} cannot be started: {error.strerror}", hint="harness check") from error
         tagged = Path(command.argv[0]).name == "horovodrun"
         streams = _Streams(process, log, tagged)
-        watch = _Watch(run, attempt, program, run_id)
+        watch = Watch(run, attempt, program, run_id, settings)
         try:
-            with _handling(requests):
-                killed = _follow(process, streams, watch, requests, run, run_id)
-                processes.end(process.pid, run_id, grace=GRACE)
+            killed = _follow(process, streams, watch, requests, run, run_id)
+            processes.end(process.pid, run_id, grace=GRACE)
             streams.drain()
         finally:
             processes.end(process.pid, run_id, grace=0.0)
             with contextlib.suppress(subprocess.TimeoutExpired):
                 process.wait(timeout=10)
     if killed == "interrupted":
-        return Ending(Exit.INTERRUPTED, "failed", f"ended at once; {_next_step(run)}")
-    ending = judge(
+        return Ending(Exit.INTERRUPTED, "failed", "ended at once", kind="interrupted")
+    return judge(
         attempt.errors(),
         run.read_status(),
         attempt=attempt.number,
         returncode=process.returncode if process.returncode is not None else -signal.SIGKILL,
         noise=streams.noise(),
         killed=killed,
+        hang=watch.hang,
+        heartbeats=attempt.heartbeats(),
+        memory=oom_kills() > memory,
     )
-    return Ending(ending.code, ending.state, _with_advice(ending, run, attempt), ending.rank)
 
 
 def _follow(
     process: subprocess.Popen[bytes],
     streams: _Streams,
-    watch: _Watch,
-    requests: _Requests,
+    watch: Watch,
+    requests: Requests,
     run: RunDir,
     run_id: str,
 ) -> str | None:
     """Until the launcher has ended. Returns why the ranks were ended from here, if they were."""
-    asked = False
     while process.poll() is None:
         streams.pump(0.1)
-        if requests.interrupts + requests.stops and not asked:
-            asked = True
+        if requests.interrupts + requests.stops and not requests.asked:
+            requests.asked = True
             _ask_to_stop(run, "Ctrl-C again ends now" if requests.interrupts else "SIGINT ends now")
             requests.interrupts = 0
-        elif asked and requests.interrupts:
-            _say("ending now")
+        elif requests.asked and requests.interrupts:
+            say("ending now")
             processes.end(process.pid, run_id, grace=GRACE)
             return "interrupted"
         elif watch.overdue():
@@ -174,25 +146,9 @@ def _ask_to_stop(run: RunDir, then: str) -> None:
         with contextlib.suppress(FileExistsError), open(run.stop, "x") as file:
             file.write("signal\n")  # what a person makes says something else, or nothing
     except OSError as error:
-        _say(f"the stop file {run.stop} cannot be written ({error.strerror}); {then}")
+        say(f"the stop file {run.stop} cannot be written ({error.strerror}); {then}")
     else:
-        _say(f"saving and stopping at the next log interval; {then}")
-
-
-def _with_advice(ending: Ending, run: RunDir, attempt: Attempt) -> str:
-    lines = [ending.text] if ending.text else []
-    if ending.state == "failed":
-        log = attempt.log(ending.rank if ending.rank is not None else 0)
-        lines.append(f"logs: {log if log.exists() else attempt.root}")
-    if ending.state != "finished" and ending.code != Exit.CONFIG:  # the same config again would fail again
-        lines.append(_next_step(run))
-    return "\n".join(lines)
-
-
-def _next_step(run: RunDir) -> str:
-    saved = run.read_status().get("last_checkpoint")
-    state = f"the state of step {saved} is saved; go on" if isinstance(saved, int) else "start again"
-    return f"{state} with: harness run {shlex.quote(str(run.root))}"
+        say(f"saving and stopping at the next log interval; {then}")
 
 
 class _Streams:
@@ -246,17 +202,19 @@ class _Streams:
 
 
 @contextlib.contextmanager
-def _handling(requests: _Requests) -> Iterator[None]:
+def handling() -> Iterator[Requests]:
+    """Take the signals over that ask for a stop, for as long as the block runs. Main thread only."""
+    requests = Requests()
     numbers = (signal.SIGINT, *STOP_SIGNALS)
     before = {number: signal.signal(number, requests.take) for number in numbers}
     try:
-        yield
+        yield requests
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
 
 
-def _say(text: str) -> None:
+def say(text: str) -> None:
     _write(2, f"\n{text}\n".encode())
 
 

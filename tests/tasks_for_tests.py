@@ -5,10 +5,14 @@ from __future__ import annotations
 import os
 import signal
 import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
 
+from harness.env import identify
+from harness.task import Task
 from harness.tasks.digits import Digits
 
 
@@ -54,6 +58,69 @@ class Slow(Small):
         if model.training:
             time.sleep(0.05)
         return super().loss(model, batch)
+
+
+class Points(torch.utils.data.Dataset[Any]):
+    """64 points near a plane; calls `look` before each batch."""
+
+    def __init__(self, look: Callable[[], None]) -> None:
+        generator = torch.Generator().manual_seed(1)
+        self.x = torch.randn(64, 4, generator=generator)
+        self.y = self.x.sum(1, keepdim=True) + 0.1 * torch.randn(64, 1, generator=generator)
+        self.look = look
+
+    def __len__(self) -> int:
+        return 64
+
+    def batch(self, ids: Any, seeds: Any) -> tuple[torch.Tensor, torch.Tensor]:
+        self.look()
+        at = torch.from_numpy(ids)
+        return self.x[at], self.y[at]
+
+
+class Troubled(Task):
+    """A plane through points. `plan` holds for each attempt (place, how, at, rank): what happens there, how soon."""
+
+    def __init__(self, plan: Sequence[tuple[str, str, int, int]] = (), path: str = "") -> None:
+        attempt = int(os.environ.get("HARNESS_ATTEMPT", "1"))
+        self.path = Path(f"{path}.{attempt}")
+        self.place, self.how, self.at, rank = plan[attempt - 1] if attempt <= len(plan) else ("", "", 0, -1)
+        self.armed = identify().rank == rank
+        self.reached("start")
+        if self.place == "save":  # in the middle of writing
+            write = os.pwrite
+
+            def pwrite(*arguments: Any) -> int:
+                self.reached("save")
+                return write(*arguments)
+
+            os.pwrite = pwrite
+
+    def reached(self, place: str) -> None:
+        if not self.armed or place != self.place:
+            return
+        self.at -= 1
+        if self.at > 0:
+            return
+        self.armed = False
+        self.path.write_text(str(time.time()))
+        if self.how == "sleep":
+            time.sleep(600)
+        os.kill(os.getpid(), {"kill": signal.SIGKILL, "stop": signal.SIGSTOP}[self.how])
+
+    def model(self) -> torch.nn.Module:
+        return torch.nn.Linear(4, 1)
+
+    def data(self, split: str) -> Points:
+        return Points(lambda: self.reached("data")) if split == "train" else Points(lambda: None)
+
+    def loss(self, model: torch.nn.Module, batch: Any) -> torch.Tensor:
+        self.reached("step")
+        return torch.nn.functional.mse_loss(model(batch[0]), batch[1])
+
+    def evaluate(self, model: torch.nn.Module, batch: Any) -> dict[str, torch.Tensor]:
+        self.reached("evaluation")
+        return {"loss": torch.nn.functional.mse_loss(model(batch[0]), batch[1])}
 
 
 class Nothing(Small):

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
-from hypothesis import given
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from harness.errors import Exit
@@ -114,6 +114,7 @@ def test_memory_is_suspected_after_a_kill() -> None:
     assert "too little memory" in judge([], {}, attempt=1, returncode=-9).text
 
 
+@settings(suppress_health_check=[HealthCheck.too_slow], deadline=None)
 @given(
     st.dictionaries(
         st.sampled_from(list(ERROR)), st.none() | st.integers() | st.text(max_size=20) | st.lists(st.none())

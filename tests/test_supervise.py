@@ -359,6 +359,62 @@ def test_local_is_a_plain_process(launch) -> None:
     assert run.wait()[:2] == (0, "none 1\n")
 
 
+FAILS = """
+    everybody_is_here()
+    if me.rank == 1:
+        fail("ValueError", "bad image 17")
+        __import__("os")._exit(1)
+    time.sleep(60)
+"""
+
+
+def test_restarts_without_progress_end_and_all_attempts_are_told(launch) -> None:
+    run = launch(FAILS, DRIVE_RESTARTS="2")
+    code, _, err = run.wait(120)
+    assert code == 1, err
+    assert [path.name for path in sorted((run.root / "attempts").iterdir())] == ["0001", "0002", "0003"]
+    endings = [json.loads((run.root / f"attempts/000{n}/ending.json").read_text()) for n in (1, 2, 3)]
+    assert [ending["restart"] for ending in endings] == [True, True, False]
+    assert {(ending["kind"], ending["rank"], ending["step"]) for ending in endings} == {("crash", 1, 120)}
+    assert "restart 1 of 2 without progress in 0.05 s, with 2 ranks, from the beginning" in err
+    assert "restart 2 of 2 without progress in 0.1 s" in err
+    table = err[err.index("attempt  ranks") :].splitlines()
+    assert [line.split()[0] for line in table[:4]] == ["attempt", "1", "2", "3"]
+    assert err.count("go on with: harness run") + err.count("start again with: harness run") == 1
+
+
+def test_two_failures_from_one_checkpoint_go_back_to_the_one_before(launch, tmp_path: Path) -> None:
+    for step in (4, 8):
+        folder = tmp_path / f"run/checkpoints/step-{step:08d}"
+        folder.mkdir(parents=True)
+        (folder / "manifest.json").touch()
+    told = "say('from ' + __import__('os').environ.get('HARNESS_ROLL_BACK', 'the newest')) if me.rank == 0 else None"
+    run = launch(FAILS.replace("everybody_is_here()", f"{told}\n    everybody_is_here()"), DRIVE_RESTARTS="2")
+    code, out, err = run.wait(120)
+    assert code == 1, err
+    assert out.splitlines() == ["from the newest", "from the newest", "from step-00000004"]
+
+
+def test_a_mistake_of_the_user_is_not_tried_again(launch) -> None:
+    run = launch(FAILS.replace('"bad image 17"', '"bad image 17", code=78, sentence=True'), DRIVE_RESTARTS="3")
+    assert run.wait()[0] == 78
+    assert len(list((run.root / "attempts").iterdir())) == 1
+
+
+@pytest.mark.parametrize(("number", "expected"), [(signal.SIGINT, 130), (signal.SIGUSR2, 75)])
+def test_the_wait_for_a_restart_ends_at_once(launch, number: signal.Signals, expected: int) -> None:
+    run = launch(FAILS, DRIVE_RESTARTS="1", DRIVE_BACKOFF="1h")
+    run.until((run.attempt / "ending.json").exists)
+    run.process.send_signal(number)
+    began = time.monotonic()
+    code, _, err = run.wait(30)
+    assert code == expected, err
+    assert time.monotonic() - began < 20
+    assert "bad image 17" in err
+    assert "while it waited for a restart" in err
+    assert run.left() == []
+
+
 def test_a_run_directory_that_cannot_be_written(launch, tmp_path: Path) -> None:
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / "attempts").write_text("a file in the way")

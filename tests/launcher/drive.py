@@ -18,14 +18,21 @@ from launch.start import start
 root, ranks, script = Path(sys.argv[1]), int(sys.argv[2]), sys.argv[3]
 launcher = os.environ.get("DRIVE_LAUNCHER", "mpirun")
 launch = {"ranks": ranks, "launcher": launcher, "threads": 1}
+restart = {"most": int(os.environ.get("DRIVE_RESTARTS", "0")), "backoff": os.environ.get("DRIVE_BACKOFF", "50ms")}
 config = Config.model_validate(
-    {"name": "x", "task": {"name": "linear"}, "train": {"steps": 1, "global_batch": 8}, "launch": launch}
+    {
+        "name": "x",
+        "task": {"name": "linear"},
+        "train": {"steps": 1, "global_batch": 8},
+        "launch": launch,
+        "restart": restart,
+    }
 )
 plan = make_plan(config, [])
 job = replace(plan.job, program=(sys.executable, "-u", script, str(root)))
 root.mkdir(parents=True, exist_ok=True)
 try:
-    sys.exit(start(replace(plan, job=job, command=build(job, plan.mpi)), RunDir(root)))
+    sys.exit(start(replace(plan, job=job, command=build(job, plan.mpi)), RunDir(root), config))
 except HarnessError as error:
     print(f"error: {error}", file=sys.stderr)
     sys.exit(error.code)
