@@ -9,7 +9,9 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from harness.errors import Exit
+from harness.heartbeat import Heartbeat
 from launch.report import judge, shell_code
+from launch.watch import Hang
 
 ERROR: dict[str, Any] = {
     "rank": 1, "size": 4, "host": "n02", "pid": 7, "time": 5.0, "step": 120, "section": "data", "type": "ValueError",
@@ -132,3 +134,88 @@ def test_codes_are_a_shells(returncode: int) -> None:
     assert judge([], {}, attempt=1, returncode=returncode).code == (
         Exit.INTERNAL if returncode == 0 else shell_code(returncode)
     )
+
+
+BEAT = Heartbeat(
+    rank=3, size=4, host="n07", pid=7, section="data", step=811, seconds=1.0, waits=False, beat=9
+)  # fmt: skip
+NOTICED = "mpirun noticed that process rank 3 with PID 0 on node n07 exited on signal 9 (Killed)."
+HANG = Hang(3, "n07", "rank 3 of 4 on n07 is stopped (SIGSTOP), last seen in data at step 811, 40 s ago")
+
+
+@pytest.mark.parametrize(
+    ("code", "kind"),
+    [(1, "crash"), (64, "user"), (65, "user"), (66, "user"), (69, "user"), (70, "crash"), (74, "io"), (78, "user")],
+)
+def test_the_kind_follows_from_the_code(code: int, kind: str) -> None:
+    assert judge([ERROR | {"code": code}], {}, attempt=1, returncode=1).kind == kind
+    assert judge([], {}, attempt=1, returncode=code).kind == kind
+
+
+def test_kinds_of_good_ends() -> None:
+    assert judge([], {"state": "finished", "attempt": 1}, attempt=1, returncode=0).kind == "finished"
+    assert judge([], {"state": "stopped", "attempt": 1}, attempt=1, returncode=75).kind == "stopped"
+    assert judge([], {}, attempt=1, returncode=75).kind == "stopped"
+
+
+def test_a_killed_rank_was_last_seen_where_its_heartbeat_says() -> None:
+    status = {"step": 800, "attempt": 1}
+    ending = judge([], status, attempt=1, returncode=137, noise=[NOTICED], heartbeats={3: BEAT})
+    assert (ending.kind, ending.rank) == ("crash", 3)
+    assert ending.cause == "rank 3 on n07 was ended by SIGKILL, last seen in data at step 811"
+    ending = judge([], status, attempt=1, returncode=137, noise=[NOTICED])
+    assert ending.cause == "rank 3 on n07 was ended by SIGKILL, last seen at step 800"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "kind"),
+    [
+        ({"noise": [NOTICED], "memory": True}, "memory"),
+        ({"noise": [NOTICED, "slurmstepd: error: Detected 1 oom_kill event in StepId=5.0"]}, "memory"),
+        ({"noise": ["srun: error: n07: task 3: Out Of Memory"]}, "memory"),
+        ({"errors": [ERROR | {"type": "OutOfMemoryError"}]}, "memory"),
+        ({"noise": [NOTICED.replace("signal 9", "signal 11")], "memory": True}, "crash"),
+        ({"memory": True, "returncode": 139}, "crash"),
+    ],
+)
+def test_too_little_memory(arguments: dict[str, Any], kind: str) -> None:
+    ending = judge(**({"errors": [], "status": {}, "attempt": 1, "returncode": 137} | arguments))
+    assert ending.kind == kind
+    assert ending.state == "failed"
+
+
+@pytest.mark.parametrize(
+    ("noise", "host"),
+    [
+        (["ORTE has lost communication with a remote daemon.", "Remote daemon: [[25846,0],1] on node n07"], "n07"),
+        (["ORTE was unable to reliably start one or more daemons."], None),
+        (["srun: error: Node failure on n07"], "n07"),
+        (["slurmstepd-n01: error: *** STEP 5.0 ON n01 CANCELLED AT 2026-01-01T00:00:00 DUE TO NODE FAILURE ***"], None),
+    ],
+)
+def test_a_host_that_is_gone(noise: list[str], host: str | None) -> None:
+    lost = ERROR | {"type": "HorovodInternalError", "rank": 0}
+    for errors in ([], [lost]):
+        ending = judge(errors, {}, attempt=1, returncode=1, noise=noise, heartbeats={3: BEAT})
+        assert (ending.kind, ending.host, ending.state) == ("lost", host, "failed")
+    assert judge([ERROR], {}, attempt=1, returncode=1, noise=noise).kind == "crash", "a rank has told the cause"
+    if host:
+        assert "the host n07 is gone; rank 3 of 4 on it was last seen in data at step 811" in ending.text
+
+
+def test_a_hang_that_was_seen_is_the_cause_of_what_came_after() -> None:
+    after = ERROR | {"type": "HorovodInternalError"}
+    status = {"state": "stopped", "attempt": 1}
+    for errors in ([], [after]):
+        ending = judge(errors, status, attempt=1, returncode=1, hang=HANG, killed=HANG.text)
+        assert (ending.kind, ending.rank, ending.cause) == ("hang", 3, HANG.text)
+    assert judge([ERROR], {}, attempt=1, returncode=1, hang=HANG).kind == "crash"
+    lost = judge([], {}, attempt=1, returncode=1, hang=Hang(3, "n07", "x", lost=True))
+    assert (lost.kind, lost.host) == ("lost", "n07")
+
+
+def test_a_hang_told_by_a_rank() -> None:
+    message = "last seen in data at step 811 for 10 min, longer than watchdog.data (10 min) allows"
+    ending = judge([ERROR | {"kind": "hang", "type": "Hang", "message": message}], {}, attempt=1, returncode=1)
+    assert (ending.kind, ending.code) == ("hang", 1)
+    assert ending.text == f"error: rank 1 of 4 on n02 hangs: {message}"
