@@ -23,7 +23,7 @@ BIN = Path(sys.executable).parent
 MISSING = [tool for tool in ("slurmctld", "slurmd", "sbatch", "munged", "mpirun", "setpriv") if not shutil.which(tool)]
 pytestmark = [
     pytest.mark.mpi,
-    pytest.mark.timeout(400),
+    pytest.mark.timeout(900),
     pytest.mark.skipif(bool(MISSING), reason=f"no Slurm to start here: {', '.join(MISSING)} not installed"),
     pytest.mark.skipif(os.geteuid() != 0, reason="virtual nodes need root"),
 ]
@@ -87,7 +87,7 @@ class Site:
     def status(self, name: str = "runs/run") -> dict[str, Any]:
         return RunDir(self.folder / name).read_status()
 
-    def until(self, condition: Callable[[], bool], what: str, seconds: float = 150) -> None:
+    def until(self, condition: Callable[[], bool], what: str, seconds: float = 240) -> None:
         end = time.monotonic() + seconds
         while not condition():
             logs = "".join(path.read_text() for path in self.folder.glob("runs/**/slurm-*.log"))
@@ -99,7 +99,7 @@ class Site:
 
     def ends(self, job: int | str, *states: str) -> str:
         try:
-            return str(self.slurm.wait(job, *states, timeout=200))
+            return str(self.slurm.wait(job, *states, timeout=300))
         except TimeoutError as error:
             raise AssertionError(f"{error}\n{self.log(job)}") from error
 

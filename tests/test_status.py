@@ -165,7 +165,7 @@ def test_logs_are_followed_until_the_end_and_into_the_next_attempt(tmp_path: Pat
     process = subprocess.Popen(
         command, stdout=subprocess.PIPE, text=True, env=os.environ | {"PYTHONPATH": str(ROOT)}, cwd=tmp_path
     )
-    watchdog = threading.Timer(60, process.kill)
+    watchdog = threading.Timer(120, process.kill)
     watchdog.start()
     try:
         assert process.stdout is not None

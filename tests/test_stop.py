@@ -205,7 +205,7 @@ def start(folder: Path, *command: str) -> subprocess.Popen[str]:
 
 
 def until_it_trains(folder: Path, process: subprocess.Popen[str]) -> dict[str, object]:
-    end = time.monotonic() + 100
+    end = time.monotonic() + 200
     status: dict[str, object] = {}
     while not (status.get("state") == "running" and status["step"]):
         assert time.monotonic() < end
@@ -225,27 +225,27 @@ def stopped_and_saved(folder: Path, why: str) -> None:
 
 @needs_mpirun
 @pytest.mark.mpi
-@pytest.mark.timeout(200)
+@pytest.mark.timeout(400)
 def test_a_run_stops_before_its_time_is_up(folder: Path) -> None:
     process = start(folder, str(BIN / "harness"), "run", "run.yaml", "stop.margin=2", "--time", "12s", "-n", "2")
-    said, _ = process.communicate(timeout=150)
+    said, _ = process.communicate(timeout=250)
     assert process.returncode == 75, said
     stopped_and_saved(folder, "the time is up in")
 
 
 @needs_mpirun
 @pytest.mark.mpi
-@pytest.mark.timeout(200)
+@pytest.mark.timeout(400)
 def test_harness_stop_waits_until_the_state_is_saved(folder: Path) -> None:
     process = start(folder, str(BIN / "harness"), "run", "run.yaml", "-n", "2")
     try:
         until_it_trains(folder, process)
         asked = start(folder, str(BIN / "harness"), "stop", "run", "--wait")
-        told, _ = asked.communicate(timeout=100)
+        told, _ = asked.communicate(timeout=200)
         assert asked.returncode == 0, told
         assert "runs/run is running at step" in told
         assert "stopped at step" in told.splitlines()[-1]
-        assert process.wait(timeout=60) == 75
+        assert process.wait(timeout=120) == 75
         stopped_and_saved(folder, "the stop file")
     finally:
         process.kill()
@@ -254,7 +254,7 @@ def test_harness_stop_waits_until_the_state_is_saved(folder: Path) -> None:
 
 @needs_mpirun
 @pytest.mark.mpi
-@pytest.mark.timeout(200)
+@pytest.mark.timeout(400)
 def test_a_signal_to_one_rank_stops_all(folder: Path) -> None:
     """As from srun, which hands signals on to the ranks that it has started, with no supervisor in between."""
     process = start(folder, "mpirun", "-np", "2", sys.executable, "-m", "harness", "run.yaml")
@@ -268,7 +268,7 @@ def test_a_signal_to_one_rank_stops_all(folder: Path) -> None:
         ]
         assert len(pids) == 1
         os.kill(pids[0], signal.SIGUSR1)
-        said, _ = process.communicate(timeout=100)
+        said, _ = process.communicate(timeout=200)
         assert process.returncode == 75, said
         stopped_and_saved(folder, "a signal to another rank")
     finally:
