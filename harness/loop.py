@@ -103,8 +103,8 @@ def finish(job: Job, started: float) -> None:
     done = job.progress.step
     if job.progress.evaluated != done:
         run_evaluation(job, done)
-        if "best" in job.config.checkpoint.keep:  # the one that was saved before it does not know how good it is
-            save(job, done, wait=True)
+        if job.eval_batches is not None:
+            job.manager.add_metrics(done, job.evaluated)  # it was saved before: an evaluation may fail
     if job.world.is_root and (line := export(job)) is not None:
         job.sinks.say(line)
     job.sinks.record("state", done, state="finished", summary=f"{done} steps")

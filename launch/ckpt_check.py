@@ -104,6 +104,7 @@ def compare(a: Path, b: Path, *, tolerance: float, as_json: bool) -> int:
 def prune_run(directory: Path, keep: Keep, *, dry_run: bool, aside: bool, as_json: bool) -> None:
     """Delete what the rule does not keep, or tell what that would be. Raises InputMissing, OSError."""
     from harness.checkpoint.names import ASIDE
+    from harness.checkpoint.select import select
     from harness.checkpoint.store import listing, remove, superfluous
     from harness.checkpoint.tags import read_tags
     from harness.errors import InputMissing
@@ -112,6 +113,8 @@ def prune_run(directory: Path, keep: Keep, *, dry_run: bool, aside: bool, as_jso
     stored = listing(directory, aside=True)
     if not stored:
         raise InputMissing(f"there are no checkpoints in {directory}")
+    for metric in keep.metrics:  # a metric that none has would keep none
+        select(directory, f"best:{metric}")
     chosen = superfluous(directory, keep, {}, tell)
     if aside:
         tagged = set(read_tags(directory).values())

@@ -329,6 +329,9 @@ def test_prune(run: Path, ask: Ask) -> None:
     assert [one["step"] for one in asked_json(ask, "ls", "run")["checkpoints"]] == [100, 300]
     code, out, err = ask("prune", "run", "--keep", "lst 3")
     assert (code, out) == (64, "") and err.startswith("error: --keep: there is no rule 'lst'; did you mean `last`?")
+    code, out, err = ask("prune", "run", "--keep", "best acuracy 1 max")
+    assert (code, out) == (66, "") and "has a number for the metric 'acuracy'; there are" in err, "it would delete all"
+    assert [one["step"] for one in asked_json(ask, "ls", "run")["checkpoints"]] == [100, 300]
 
 
 HOLD = """

@@ -60,17 +60,23 @@ def seal(temporary: Path, layout: Layout, head: bytes, table: Table, uuid: str, 
 
 def publish(temporary: Path, final: Path, manifest: str) -> None:
     """Make it a checkpoint. `final` must not exist."""
-    path = temporary / MANIFEST
-    descriptor = os.open(f"{path}{TEMPORARY}", os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o644)
+    put_manifest(temporary, manifest)
+    os.rename(temporary, final)
+    sync_directory(final.parent)
+
+
+def put_manifest(directory: Path, manifest: str) -> None:
+    """Write, or replace, the manifest in this directory as a whole."""
+    path = directory / MANIFEST
+    flags = os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_NOFOLLOW | os.O_CLOEXEC
+    descriptor = os.open(f"{path}{TEMPORARY}", flags, 0o644)
     try:
         write_all(descriptor, manifest.encode(), 0)
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
     os.rename(f"{path}{TEMPORARY}", path)
-    sync_directory(temporary)
-    os.rename(temporary, final)
-    sync_directory(final.parent)
+    sync_directory(directory)
 
 
 def abandon(temporary: Path) -> None:

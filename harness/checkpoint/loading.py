@@ -47,7 +47,7 @@ class Loader:
                 if rejected:  # also those that an earlier start found: beginning anew is for the user to decide
                     raise DataError(
                         f"none of the {rejected} checkpoints in {self._directory} is good",
-                        hint="move the directory away to begin anew",
+                        hint="`harness ckpt ls` says why; move the directory away to begin anew",
                     )
                 return None
             path = self._directory / found["name"]

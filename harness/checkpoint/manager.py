@@ -11,7 +11,8 @@
 
 The constructor and all methods but `fence` are collective: all ranks call them in the same order. What fails on one
 rank is told to all of them. A save that fails leaves the earlier checkpoints as they were, and training goes on: it is
-told in a warning, and raised by `close` where no later one succeeded. One job at a time saves into a directory.
+told in a warning, and raised by `close` where no later one succeeded. One job at a time saves into a directory: the
+first save of a second one raises InUse. A job that went back to an older step sets aside what is newer.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Literal
 
-from harness.checkpoint.agree import SaveFailed
+from harness.checkpoint.agree import SaveFailed, attempt, describe
 from harness.checkpoint.asked import Asked
 from harness.checkpoint.cached import Read, known
 from harness.checkpoint.comm import Comm, Json, detect
@@ -36,6 +37,7 @@ from harness.checkpoint.restoring import Report
 from harness.checkpoint.saving import Saver
 from harness.checkpoint.state import State
 from harness.checkpoint.writing import Outcome
+from harness.errors import StorageError
 
 
 class Manager:
@@ -105,6 +107,7 @@ class Manager:
         self._failure: SaveFailed | None = None
         self._last: tuple[int, State, Mapping[str, float] | None] | None = None
         self._last_saved: int | None = None
+        self._skipping = False
 
     def step(self, step: int, state: State, metrics: Mapping[str, float] | None = None) -> bool:
         """After `step` steps: save if it is time to. True when the job was asked to stop; the state is then saved.
@@ -127,7 +130,7 @@ class Manager:
         """Save now; returns the path that the checkpoint has, or is going to have. None: skipped, one is under way.
 
         wait: return once it is durable (None: as `background` says).
-        Raises SaveFailed, on all ranks alike, where it cannot begin or, when waiting, where it fails.
+        Raises, on all ranks alike, SaveFailed where it cannot begin or, when waiting, where it fails; InUse.
         """
         wait = not self._background if wait is None else wait
         self._end(wait=wait or self._busy == "wait")
@@ -138,13 +141,28 @@ class Manager:
         finally:
             self._flush()
         if path is None:
-            self._log(f"no checkpoint at step {step}: the one before is still being written")
+            if not self._skipping:
+                self._log(f"no checkpoint at step {step}: the one before is still being written")
+            self._skipping = True
             return None
-        self._last_saved = step
+        self._skipping, self._last_saved = False, step
         self._end(wait=wait)
         if wait:
             self._raise_failure()
         return path
+
+    def add_metrics(self, step: int, metrics: Mapping[str, float]) -> None:
+        """Metrics that are known only after the newest checkpoint, of this step, was made. Waits for it. Collective.
+
+        Raises StorageError, on all ranks alike, where its manifest cannot be written; it then is as it was.
+        """
+        self._end(wait=True)
+        told: Any = None
+        if self.comm.rank == 0:
+            told = describe(attempt(lambda: self._saver.add_metrics(step, dict(metrics)))[1])
+        told = self.comm.broadcast(told)
+        if told is not None:
+            raise StorageError(f"metrics of step {step} could not be added: {told['message']}", hint=told["hint"])
 
     def poll(self) -> None:
         """Tell how the last save ended, if it has by now. Cheap. Local, though best called by all ranks."""

@@ -19,12 +19,16 @@ Candidate: TypeAlias = "tuple[int, Mapping[str, object]]"
 
 @dataclass(frozen=True)
 class Keep:
-    """A union of rules. A rule maps checkpoints, oldest first, to the indices of those it keeps."""
+    """A union of rules. A rule maps checkpoints, oldest first, to the indices of those it keeps.
+
+    `metrics`: those by which rules choose.
+    """
 
     rules: tuple[Callable[[Sequence[Candidate]], set[int]], ...]
+    metrics: tuple[str, ...] = ()
 
     def __or__(self, other: Keep) -> Keep:
-        return Keep(self.rules + other.rules)
+        return Keep(self.rules + other.rules, self.metrics + other.metrics)
 
     def select(self, checkpoints: Sequence[Candidate]) -> set[int]:
         """Indices to keep. The newest is always kept."""
@@ -58,7 +62,7 @@ def keep_best(metric: str, count: int = 1, *, mode: Literal["min", "max"] = "min
                 scored.append((value if mode == "min" else -value, -index))
         return {-index for _, index in sorted(scored)[:count]}
 
-    return Keep((rule,))
+    return Keep((rule,), (metric,))
 
 
 def keep_all() -> Keep:

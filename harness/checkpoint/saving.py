@@ -17,6 +17,7 @@ import time
 import uuid
 from collections.abc import Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -31,7 +32,7 @@ from harness.checkpoint.file import fit_head
 from harness.checkpoint.holders import Holders, gather_holders, signature
 from harness.checkpoint.layout import Layout, lay_out
 from harness.checkpoint.lease import InUse, Lease
-from harness.checkpoint.manifest import Manifest
+from harness.checkpoint.manifest import Manifest, render
 from harness.checkpoint.plan import make_plan
 from harness.checkpoint.policy import Keep
 from harness.checkpoint.replicas import Unequal, compare, found
@@ -42,7 +43,7 @@ from harness.checkpoint.state import State, take
 from harness.checkpoint.tensors import Part
 from harness.checkpoint.tree import encode
 from harness.checkpoint.writing import Form, Order, Outcome, Taken, Writer
-from harness.errors import DataError, StorageError
+from harness.errors import DataError, InputMissing, StorageError
 
 _FILES = 4
 """Files and directories that a save makes."""
@@ -95,7 +96,7 @@ class Saver:
     def start(self, step: int, state: State, metrics: Mapping[str, float] | None) -> Path | None:
         """Begin a save and return its path to be; `outcome` tells how it ended. None where one is under way already.
 
-        Collective. Raises SaveFailed, on all ranks alike, where it cannot begin.
+        Collective. Raises, on all ranks alike, SaveFailed where it cannot begin, InUse where another job saves here.
         """
         began = time.perf_counter()
         taken, error = attempt(lambda: _collect(step, state, metrics, self._comm))
@@ -113,7 +114,7 @@ class Saver:
         )
         if verdict["failed"] is not None:
             told = f"the checkpoint of step {verdict['step']} was not saved: {verdict['failed']}"
-            raise SaveFailed(told, hint=verdict["hint"]) from error
+            raise (InUse if verdict["in use"] else SaveFailed)(told, hint=verdict["hint"]) from error
         if verdict["step"] != step:
             raise SaveFailed(f"the checkpoint was not saved: rank 0 saves step {verdict['step']}, this rank {step}")
         if verdict["busy"]:
@@ -150,6 +151,17 @@ class Saver:
         if told[0] is not None:
             raise (InUse if told[1] else StorageError)(told[0]["message"], hint=told[0]["hint"]) from error
 
+    def add_metrics(self, step: int, metrics: dict[str, float]) -> None:
+        """Rank 0: add to the metrics of the newest checkpoint, which is of this step. Raises HarnessError, OSError."""
+        newest = max(store.listing(self._directory), default=None)
+        if newest is None or newest.step != step:
+            raise InputMissing(f"the newest checkpoint in {self._directory} is not of step {step}")
+        encoded: Any = encode(metrics, "metrics", {})
+        manifest, _ = store.read_manifest(newest.path)
+        manifest = replace(manifest, metrics=manifest.metrics | encoded)
+        commit.put_manifest(newest.path, render(manifest))
+        self.good[newest.path] = manifest
+
     def close(self) -> None:
         """Give everything back; a save that is under way ends before. Local."""
         self._thread.shutdown()
@@ -185,7 +197,8 @@ class Saver:
     def _decide(self, step: int, taken: Taken | None, said: Mapping[int, Any], missing: list[int]) -> Json:
         """Rank 0: whether and how the save goes ahead."""
         hosts = self._hosts
-        answer: dict[str, Any] = {"step": step, "failed": None, "hint": None, "busy": False, "differ": False}
+        answer: dict[str, Any] = dict.fromkeys(("busy", "differ", "in use"), False)
+        answer |= {"step": step, "failed": None, "hint": None}
         absent = "did not ask for a save"
         if refused := refusal(said, missing, hosts, "while it collected the state", absent, self._timeout):
             return answer | refused
@@ -201,7 +214,7 @@ class Saver:
         plan, error = attempt(lambda: self._open(step, taken, parts))
         refused = refusal({0: {"error": describe(error)}}, [], hosts, "before anything was written", "", 0.0)
         if refused or plan is None:
-            return answer | (refused or {})
+            return answer | (refused or {}) | {"in use": isinstance(error, InUse)}
         exchanges = plan["compare"] or plan["gather"] or taken.snapshot.parts or not self._engine.background
         return answer | plan | {"settle": bool(exchanges or not all(message["ready"] for message in said.values()))}
 

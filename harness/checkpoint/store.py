@@ -84,8 +84,12 @@ def new_name(directory: Path, step: int) -> str:
 
 
 def latest(directory: str | os.PathLike[str]) -> Path | None:
-    """The newest checkpoint that looks good, None where there is none. Neither torch nor MPI. Raises NewerVersion."""
-    for stored in reversed(listing(Path(directory))):
+    """The newest checkpoint of a run or a checkpoints directory that looks good, None where there is none.
+
+    Neither torch nor MPI. Raises NewerVersion.
+    """
+    inner = Path(directory) / "checkpoints"
+    for stored in reversed(listing(inner if inner.is_dir() else Path(directory))):
         try:
             check(stored.path)
         except NewerVersion:
@@ -191,10 +195,20 @@ def roll_back(directory: Path, target: Path) -> tuple[list[Path], list[Path]]:
         raise InputMissing(f"{target} is no checkpoint of {directory}")
     at = next(index for index, one in enumerate(stored) if one.path == target)
     back = [one.path for one in stored[: at + 1] if (one.path / ASIDE).exists()]
-    gone = [one.path for one in stored[at + 1 :] if not (one.path / ASIDE).exists()]
     for path in back:
         (path / ASIDE).unlink()
         sync_directory(path)
+    return set_aside(directory, target), back
+
+
+def set_aside(directory: Path, target: Path) -> list[Path]:
+    """Put those that are newer than a checkpoint out of use, without deleting them; returns them, oldest first.
+
+    Raises OSError.
+    """
+    stored = committed(directory)
+    at = next((index for index, one in enumerate(stored) if one.path == target), len(stored))
+    gone = [one.path for one in stored[at + 1 :] if not (one.path / ASIDE).exists()]
     for path in reversed(gone):
         with open(path / ASIDE, "w", encoding="utf-8") as file:
             json.dump({"for": target.name, "at": time.time()}, file)
@@ -202,7 +216,7 @@ def roll_back(directory: Path, target: Path) -> tuple[list[Path], list[Path]]:
             file.flush()
             os.fsync(file.fileno())
         sync_directory(path)
-    return gone, back
+    return gone
 
 
 def clean(directory: Path) -> list[Path]:

@@ -143,7 +143,7 @@ class Writer:
             verdict = {"failed": told["message"], "hint": told["hint"]}
         seconds = time.perf_counter() - order.began
         if self.comm.rank == 0 and verdict["failed"] is None:
-            self._prune()
+            self._tidy_up(order)
         return Outcome(order.step, order.final, verdict["failed"], verdict["hint"], waited or seconds, seconds)
 
     def _begin(self, order: Order) -> bool:
@@ -208,8 +208,16 @@ class Writer:
         commit.publish(order.temporary, order.final, text)
         self.good[order.final] = manifest
 
-    def _prune(self) -> None:
+    def _tidy_up(self, order: Order) -> None:
+        """Rank 0: what was saved now is what a restart goes on from, whatever had been saved there before."""
         try:
+            newer = store.set_aside(self.directory, order.final)
+            if newer:
+                names = ", ".join(path.name for path in newer)
+                self.log(
+                    f"set aside {names}: newer than step {order.step}, from which this job goes on"
+                    " (`harness ckpt rollback` takes one back)"
+                )
             store.prune(self.directory, self.keep, self.good, self.log)
         except (OSError, HarnessError) as error:
             self.log(f"old checkpoints could not be removed: {error}")

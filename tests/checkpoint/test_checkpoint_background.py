@@ -14,12 +14,25 @@ import pytest
 import torch
 from samples import Net, bits, manager, train
 
-from harness.checkpoint import Manager, SaveFailed, Single, State, at_end, every, keep_all, on_stop, open_checkpoint
+from harness.checkpoint import (
+    Manager,
+    SaveFailed,
+    Single,
+    State,
+    at_end,
+    every,
+    keep_all,
+    keep_last,
+    latest,
+    on_stop,
+    open_checkpoint,
+)
 from harness.checkpoint import asked as asked_module
 from harness.checkpoint.engines.direct import Direct
 from harness.checkpoint.policy import When
 from harness.checkpoint.staging import Staging
 from harness.checkpoint.writing import Outcome
+from harness.errors import StorageError
 
 
 def steps(directory: Path) -> list[int]:
@@ -243,3 +256,38 @@ def test_rules_join() -> None:
     joined = every(steps=2) | every(minutes=3) | on_stop(signal.SIGTERM) | at_end()
     assert joined == When((2,), (180.0,), (signal.SIGTERM,), True)
     assert [step for step in range(1, 7) if (joined | every(steps=3)).at(step)] == [2, 3, 4, 6]
+
+
+def test_a_job_that_went_back_sets_aside_what_is_newer(tmp_path: Path) -> None:
+    for step in (10, 20, 30):
+        manager(tmp_path, keep=keep_all()).save(step, State(arrays={"a": np.full(3, step)}))
+    array = np.zeros(3, np.int64)
+    state = State(arrays={"a": array})
+    saver = behind(tmp_path, keep=keep_last(2))
+    assert saver.restore(state, 10) == 10
+    saver.save(15, state)
+    saver.close()
+    assert [line for line in saver.lines if "set aside" in line] == [  # type: ignore[attr-defined]
+        "set aside step-00000020, step-00000030: newer than step 15, from which this job goes on"
+        " (`harness ckpt rollback` takes one back)"
+    ]
+    assert steps(tmp_path) == [10, 15, 20, 30], "nothing is deleted for it"
+    again = manager(tmp_path)
+    assert again.restore(state) == 15 and array.tolist() == [10, 10, 10]
+
+
+def test_metrics_that_come_after_the_save(tmp_path: Path) -> None:
+    saver = behind(tmp_path)
+    saver.save(1, State(arrays={"a": np.arange(3)}), {"lr": 1.0})
+    saver.add_metrics(1, {"loss": 0.5})
+    with open_checkpoint(tmp_path / "step-00000001") as checkpoint:
+        assert checkpoint.manifest.metrics == {"lr": 1.0, "loss": 0.5} and checkpoint.verify() == []
+    assert manager(tmp_path).restore(State(arrays={"a": np.zeros(3, np.int64)}), "best:loss") == 1
+    with pytest.raises(StorageError, match=r"the newest checkpoint in .* is not of step 2"):
+        saver.add_metrics(2, {"loss": 0.5})
+    saver.close()
+
+
+def test_a_run_directory_has_a_latest_checkpoint_too(tmp_path: Path) -> None:
+    path = manager(tmp_path / "checkpoints").save(1, State(arrays={"a": np.arange(3)}))
+    assert latest(tmp_path) == latest(tmp_path / "checkpoints") == path

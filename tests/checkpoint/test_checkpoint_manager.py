@@ -62,7 +62,7 @@ def test_the_same_step_again_is_a_new_checkpoint_and_replaces_the_old_one(tmp_pa
 
 def test_steps_beyond_eight_digits_are_ordered_as_numbers(tmp_path: Path) -> None:
     saver = manager(tmp_path, keep=keep_all())
-    for step in (99_999_999, 100_000_000, 5):
+    for step in (5, 99_999_999, 100_000_000):
         saver.save(step, state(step))
     assert saver.restore(state(0)) == 100_000_000
 
