@@ -77,7 +77,7 @@ def main(root: Path, world: str, engine: Any, saves: int) -> None:
         assert skipped == 0 or (busy == "skip" and manager.engine.background)
         assert len(set(map(str, comm.all_gather([began_here, skipped])))) == 1, "all ranks skip the same"
         if comm.rank == 0:
-            assert done == began_here and len(lines) == skipped, lines
+            assert done == began_here and len(lines) <= skipped and bool(lines) == bool(skipped), lines
             left = sorted(path.name for path in directory.iterdir())
             assert left == ["lease", *(f"step-{number:08d}" for number in began_here[-2:])], left
             print(
