@@ -37,7 +37,7 @@ Decide: TypeAlias = Callable[[Mapping[int, Json], "list[int]"], Json]
 _FOLDER = ".votes-"
 _ROOM = 16 << 10
 """Bytes of a file for one rank's messages, at least."""
-_PATIENCE = 2.0
+PATIENCE = 2.0
 """The others wait this many times the deadline: rank 0 may need all of it, and then decides."""
 
 
@@ -138,7 +138,7 @@ class _Between:
 
     def hold(self, number: int, message: Json, decide: Decide, timeout: float) -> Json:
         if self.rank != 0:
-            return self._ask(number, message, _PATIENCE * timeout)
+            return self._ask(number, message, PATIENCE * timeout)
         deadline, wait = time.monotonic() + timeout, _Pause()
         while len(open_ := self._open(number)) < self.size - 1 and time.monotonic() < deadline:
             wait()

@@ -107,25 +107,33 @@ def hdf5_type(h5t: Any, dtype: str) -> Any:
     return h5t.py_create(np.dtype(name).newbyteorder("<"), logical=True)
 
 
-def _create(layout: Layout, aliases: Mapping[str, str], path: Path) -> None:
-    from h5py import h5d, h5f, h5o, h5p, h5s, h5t
+def properties() -> tuple[Any, Any, Any]:
+    """HDF5's property lists for a file whose data are written around it: of file access, of a data set, of a link."""
+    from h5py import h5d, h5f, h5p, h5t
 
     access = h5p.create(h5p.FILE_ACCESS)
     access.set_libver_bounds(h5f.LIBVER_V18, h5f.LIBVER_V18)  # checksummed metadata, no flag that marks a file as open
     access.set_alignment(LARGE, PAGE)
-    access.set_meta_block_size(layout.head - USER_BLOCK)
     access.set_fclose_degree(h5f.CLOSE_STRONG)
     access.set_file_locking(False, True)
+    dataset = h5p.create(h5p.DATASET_CREATE)
+    dataset.set_layout(h5d.CONTIGUOUS)
+    dataset.set_alloc_time(h5d.ALLOC_TIME_EARLY)
+    dataset.set_fill_time(h5d.FILL_TIME_NEVER)
+    dataset.set_obj_track_times(False)
+    link = h5p.create(h5p.LINK_CREATE)
+    link.set_char_encoding(h5t.CSET_UTF8)
+    return access, dataset, link
+
+
+def _create(layout: Layout, aliases: Mapping[str, str], path: Path) -> None:
+    from h5py import h5d, h5f, h5o, h5p, h5s, h5t
+
+    access, plain, link = properties()
+    access.set_meta_block_size(layout.head - USER_BLOCK)
     creation = h5p.create(h5p.FILE_CREATE)
     creation.set_userblock(USER_BLOCK)
     creation.set_obj_track_times(False)
-    plain = h5p.create(h5p.DATASET_CREATE)
-    plain.set_layout(h5d.CONTIGUOUS)
-    plain.set_alloc_time(h5d.ALLOC_TIME_EARLY)
-    plain.set_fill_time(h5d.FILL_TIME_NEVER)
-    plain.set_obj_track_times(False)
-    link = h5p.create(h5p.LINK_CREATE)
-    link.set_char_encoding(h5t.CSET_UTF8)
 
     types = {dtype: hdf5_type(h5t, dtype) for dtype in {"uint64", *(leaf.dtype for leaf in layout.leaves)}}
     table = Leaf(DIGESTS, "uint64", ((layout.data_start - layout.head) // 8,))

@@ -47,7 +47,7 @@ from __future__ import annotations
 import json
 import re
 from dataclasses import dataclass, field
-from typing import Any, NoReturn
+from typing import Any
 
 import numpy as np
 import xxhash
@@ -55,6 +55,7 @@ import xxhash
 from harness.checkpoint.comm import Json
 from harness.checkpoint.layout import PAGE, Layout
 from harness.checkpoint.schema import MAX_BYTES, MAX_LEAVES, Leaf, check_schema, schema_hash
+from harness.checkpoint.strictjson import parse_json
 from harness.errors import DataError
 
 FORMAT = "harness-checkpoint"
@@ -130,7 +131,7 @@ def parse(text: str) -> Manifest:
     if xxhash.xxh3_128_hexdigest(rest.encode("utf-8", "surrogatepass")) != found[1]:
         raise DataError("it does not match its checksum")
     try:
-        value = json.loads("{" + rest, object_pairs_hook=_unique, parse_constant=_refuse)
+        value = parse_json("{" + rest)
         return _manifest(value)
     except (ValueError, TypeError, KeyError, RecursionError, OverflowError) as error:
         raise DataError(f"it is not as it should be: {type(error).__name__}: {str(error)[:200]}") from error
@@ -225,14 +226,3 @@ def _hex(value: Any, digits: int) -> str:
     if not isinstance(value, str) or not re.fullmatch(f"[0-9a-f]{{{digits}}}", value):
         raise ValueError(f"{str(value)[:40]!r} is not a number of {digits} hex digits")
     return value
-
-
-def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    made = dict(pairs)
-    if len(made) != len(pairs):
-        raise ValueError("a key appears twice")
-    return made
-
-
-def _refuse(constant: str) -> NoReturn:
-    raise ValueError(f"{constant} is not JSON")

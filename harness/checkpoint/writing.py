@@ -22,7 +22,7 @@ import xxhash
 
 from harness.checkpoint import commit, store
 from harness.checkpoint.agree import attempt, describe, refusal, wait_for
-from harness.checkpoint.ballot import Ballot
+from harness.checkpoint.ballot import PATIENCE, Ballot
 from harness.checkpoint.comm import Comm, Json
 from harness.checkpoint.digest import root
 from harness.checkpoint.engines import Engine
@@ -33,9 +33,6 @@ from harness.checkpoint.policy import Keep
 from harness.checkpoint.snapshot import Snapshot
 from harness.checkpoint.staging import Image
 from harness.errors import HarnessError, StorageError
-
-_PATIENCE = 2
-"""Ranks wait this many times the deadline for rank 0, which may itself need all of it."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -149,7 +146,7 @@ class Writer:
     def _begin(self, order: Order) -> bool:
         """Rank 0 makes the file; the others wait until it has: False where it could not. Raises on rank 0; NoAnswer."""
         if self.comm.rank != 0:
-            return self.opening.hear(order.number, _PATIENCE * self.timeout) is True
+            return self.opening.hear(order.number, PATIENCE * self.timeout) is True
         made = False
         try:
             order.temporary.mkdir()

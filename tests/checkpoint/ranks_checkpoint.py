@@ -21,6 +21,7 @@ if len(sys.argv) > 2 and sys.argv[2] == "mpi":
     import mpi4py.MPI  # noqa: F401  (as the harness does: before torch)
 
 import torch
+from ending import all_or_none
 from samples import Net, bits, train
 
 from harness.checkpoint import Horovod, Manager, Mpi, SaveFailed, State, detect, keep_all, open_checkpoint
@@ -393,16 +394,7 @@ def main(kind: type[Checks]) -> None:
 
 def run_checks(kind: type[Checks]) -> None:
     """All of them, on all ranks; the first failure ends the job."""
-    try:
-        main(kind)
-    except BaseException:
-        import traceback
-
-        traceback.print_exc()
-        sys.stderr.flush()
-        if "mpi4py.MPI" in sys.modules and len(sys.argv) > 2 and sys.argv[2] == "mpi":
-            sys.modules["mpi4py.MPI"].COMM_WORLD.Abort(1)
-        os._exit(1)
+    all_or_none(lambda: main(kind), mpi=len(sys.argv) > 2 and sys.argv[2] == "mpi")
 
 
 if __name__ == "__main__":

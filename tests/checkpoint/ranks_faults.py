@@ -26,6 +26,7 @@ else:
     import torch  # noqa: F401  (before horovod.torch)
 
 import numpy as np
+from ending import all_or_none
 
 from harness.checkpoint import (
     Horovod,
@@ -415,13 +416,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except BaseException:
-        import traceback
-
-        traceback.print_exc()
-        sys.stderr.flush()
-        if "mpi4py.MPI" in sys.modules and len(sys.argv) > 2 and sys.argv[2] == "mpi":
-            sys.modules["mpi4py.MPI"].COMM_WORLD.Abort(1)
-        os._exit(1)
+    all_or_none(main, mpi=sys.argv[2] == "mpi")

@@ -17,6 +17,7 @@ else:
     import torch  # noqa: F401  (before horovod.torch)
 
 import numpy as np
+from ending import all_or_none
 
 from harness.checkpoint import Manager, SaveFailed, State, detect, keep_all, saving, space
 
@@ -96,13 +97,4 @@ def main(small: Path, world: str) -> None:
 
 
 if __name__ == "__main__":
-    try:
-        main(Path(sys.argv[1]), sys.argv[2])
-    except BaseException:
-        import traceback
-
-        traceback.print_exc()
-        sys.stderr.flush()
-        if sys.argv[2] == "mpi":
-            sys.modules["mpi4py.MPI"].COMM_WORLD.Abort(1)
-        os._exit(1)
+    all_or_none(lambda: main(Path(sys.argv[1]), sys.argv[2]), mpi=sys.argv[2] == "mpi")

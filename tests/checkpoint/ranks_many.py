@@ -7,7 +7,6 @@ Half of the saves by a manager that skips while one is under way, half by one th
 
 from __future__ import annotations
 
-import os
 import random
 import sys
 import time
@@ -20,6 +19,7 @@ else:
     import torch  # noqa: F401  (before horovod.torch)
 
 import numpy as np
+from ending import all_or_none
 
 from harness.checkpoint import Manager, State, detect, keep_last
 
@@ -89,13 +89,4 @@ def main(root: Path, world: str, engine: Any, saves: int) -> None:
 
 
 if __name__ == "__main__":
-    try:
-        main(Path(sys.argv[1]), sys.argv[2], sys.argv[3], int(sys.argv[4]))
-    except BaseException:
-        import traceback
-
-        traceback.print_exc()
-        sys.stderr.flush()
-        if sys.argv[2] == "mpi":
-            sys.modules["mpi4py.MPI"].COMM_WORLD.Abort(1)
-        os._exit(1)
+    all_or_none(lambda: main(Path(sys.argv[1]), sys.argv[2], sys.argv[3], int(sys.argv[4])), mpi=sys.argv[2] == "mpi")

@@ -19,8 +19,7 @@ import numpy as np
 from harness.checkpoint.convert.inputs import Input
 from harness.checkpoint.convert.names import unescape
 from harness.checkpoint.convert.tensor import Read, Source, Tensor, Wanted, checked_shape, pieces
-from harness.checkpoint.file import hdf5_type, write_all
-from harness.checkpoint.layout import LARGE, PAGE
+from harness.checkpoint.file import hdf5_type, properties, write_all
 from harness.checkpoint.schema import ITEMSIZE
 from harness.checkpoint.shards import boxes
 from harness.checkpoint.tensors import Bytes
@@ -61,20 +60,9 @@ def write(path: Path, tensors: Sequence[Tensor], aliases: Mapping[str, str]) -> 
 def _lay_out(path: Path, tensors: Sequence[Tensor], aliases: Mapping[str, str]) -> dict[str, int]:
     """Make the file without its data. Returns where in it each tensor's bytes belong."""
     import h5py
-    from h5py import h5d, h5f, h5p, h5s, h5t
+    from h5py import h5d, h5f, h5s, h5t
 
-    access = h5p.create(h5p.FILE_ACCESS)
-    access.set_libver_bounds(h5f.LIBVER_V18, h5f.LIBVER_V18)
-    access.set_alignment(LARGE, PAGE)
-    access.set_fclose_degree(h5f.CLOSE_STRONG)
-    access.set_file_locking(False, True)
-    plain = h5p.create(h5p.DATASET_CREATE)
-    plain.set_layout(h5d.CONTIGUOUS)
-    plain.set_alloc_time(h5d.ALLOC_TIME_EARLY)
-    plain.set_fill_time(h5d.FILL_TIME_NEVER)
-    plain.set_obj_track_times(False)
-    link = h5p.create(h5p.LINK_CREATE)
-    link.set_char_encoding(h5t.CSET_UTF8)
+    access, plain, link = properties()
     link.set_create_intermediate_group(True)
     file = h5f.create(os.fsencode(path), h5f.ACC_EXCL, None, access)
     places: dict[str, int] = {}

@@ -12,10 +12,11 @@ from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 from harness.checkpoint.convert.inputs import Input
 from harness.checkpoint.convert.tensor import Source, Tensor, Wanted, checked_shape, expanded, pieces
+from harness.checkpoint.strictjson import parse_json
 from harness.errors import DataError
 
 DTYPES = {
@@ -144,20 +145,9 @@ def _read_set(path: Path, source: Source, wanted: Wanted) -> None:
 
 def _json(what: str, text: bytes) -> dict[str, Any]:
     try:
-        value = json.loads(text.decode(), object_pairs_hook=_unique, parse_constant=_refuse)
+        value = parse_json(text.decode())
     except (ValueError, RecursionError) as error:
         raise DataError(f"{what} cannot be understood: {str(error)[:200]}") from None
     if not isinstance(value, dict):
         raise DataError(f"{what} is no JSON object")
     return value
-
-
-def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    made = dict(pairs)
-    if len(made) != len(pairs):
-        raise ValueError("a name appears twice")
-    return made
-
-
-def _refuse(constant: str) -> NoReturn:
-    raise ValueError(f"{constant} is not JSON")
