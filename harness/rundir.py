@@ -150,6 +150,18 @@ class RunDir:
         return _read_object(self.status)
 
 
+def make_root(config: Config) -> RunDir:
+    """The run directory of a config, made where it is not there. Raises StorageError."""
+    run = RunDir(Path(config.directory))
+    with storage_errors(run.root):
+        try:
+            run.root.mkdir(parents=True, exist_ok=True)
+        except (FileExistsError, NotADirectoryError) as error:
+            taken = next(path for path in (run.root, *run.root.parents) if os.path.lexists(path) and not path.is_dir())
+            raise StorageError(f"{taken} is not a directory", hint="choose another run_dir") from error
+    return run
+
+
 def open_run(config: Config) -> RunDir:
     """Make or enter the run directory of a config and freeze the config in it. Idempotent; one process calls it.
 
@@ -162,13 +174,7 @@ def open_run(config: Config) -> RunDir:
     from harness.frozen import compare, freeze
     from harness.resolve import resolve
 
-    run = RunDir(Path(config.directory))
-    with storage_errors(run.root):
-        try:
-            run.root.mkdir(parents=True, exist_ok=True)
-        except (FileExistsError, NotADirectoryError) as error:
-            taken = next(path for path in (run.root, *run.root.parents) if os.path.lexists(path) and not path.is_dir())
-            raise StorageError(f"{taken} is not a directory", hint="choose another run_dir") from error
+    run = make_root(config)
     if not os.path.lexists(run.config):
         write_atomic(run.config, freeze(config))
         return run

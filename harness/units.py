@@ -27,7 +27,7 @@ MAX_LENGTH = 40  # no number is longer, and the pattern would take long over muc
 
 
 def duration(value: object) -> float:
-    """Seconds. A bare number is seconds; `h:mm:ss` is accepted as in Slurm. Raises ValueError."""
+    """Seconds. A bare number is seconds; `h:mm:ss` and `d-hh:mm:ss` are accepted as in Slurm. Raises ValueError."""
     if isinstance(value, bool) or not isinstance(value, (int, float, str)):
         raise ValueError("give a duration such as 30s, 10m or 2h")
     if isinstance(value, str):
@@ -36,6 +36,9 @@ def duration(value: object) -> float:
         if re.fullmatch(r"\d+:\d{1,2}(:\d{1,2})?", value):
             parts = [int(part) for part in value.split(":")]
             seconds = float(sum(part * 60**power for power, part in enumerate(reversed(parts))))
+        elif match := re.fullmatch(r"(\d+)-(\d{1,2})(?::(\d{1,2}))?(?::(\d{1,2}))?", value):
+            days, hours, minutes, rest = (int(part or 0) for part in match.groups())
+            seconds = float(((days * 24 + hours) * 60 + minutes) * 60 + rest)
         else:
             match = _NUMBER.fullmatch(value)
             unit = match[2].lower() if match else ""

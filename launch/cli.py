@@ -89,10 +89,10 @@ def run(
     from harness.batch import plan_batch
     from harness.errors import Exit
     from harness.resolve import resolve
-    from harness.rundir import RunDir, open_run
+    from harness.rundir import RunDir, make_root, open_run
     from launch.plan import make_plan
     from launch.requeue import go_on, nothing_left
-    from launch.start import start
+    from launch.start import alone, start
     from launch.timelimit import time_limit
 
     values = [*(overrides or []), *_flags(ranks, hosts, hostfile, launcher)]
@@ -105,8 +105,10 @@ def run(
         return 0
     plan = make_plan(settings, [os.path.abspath(settings.directory)])
     plan_batch(global_batch=settings.train.global_batch, ranks=plan.job.ranks, micro_batch=settings.train.micro_batch)
-    run_dir = open_run(settings)
-    code = start(plan.with_env(time_limit(settings.stop)), run_dir, settings)
+    plan = plan.with_env(time_limit(settings.stop))
+    with alone(run_dir := make_root(settings)):
+        open_run(settings)  # inside, so that a second start does not change the config of the first
+        code = start(plan, run_dir, settings)
     if code == Exit.STOPPED:
         go_on(run_dir, settings)
     return code

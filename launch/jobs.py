@@ -51,9 +51,15 @@ def states(jobs: Iterable[str]) -> dict[str, str]:
             job, _, state = line.strip().partition("|")
             found.setdefault(job, state)
     for job in [job for job in missing if job not in found][:20]:  # no accounting: the controller remembers a while
-        if match := re.search(r"\bJobState=(\w+)", ask(["scontrol", "--oneliner", "show", "job", job])):
-            found[job] = match[1]
+        if (told := state_of(job)) is not None:
+            found[job] = told
     return {job: found[job] for job in wanted if job in found}
+
+
+def state_of(job: str) -> str | None:
+    """A job's state as the controller knows it; None where it does not, or does not answer."""
+    match = re.search(r"\bJobState=(\w+)", ask(["scontrol", "--oneliner", "show", "job", job]))
+    return match[1] if match else None
 
 
 def is_queued(state: str | None) -> bool:
@@ -86,18 +92,32 @@ def end_time(environ: Mapping[str, str]) -> float | None:
 
 def ask(argv: Sequence[str]) -> str:
     """What one of Slurm's commands prints; "" where it is not there, fails or does not answer in time."""
+    done = call(argv, env=os.environ | {"SLURM_TIME_FORMAT": "standard"})
+    return done.stdout[:_LIMIT] if done.returncode == 0 else ""
+
+
+def call(
+    argv: Sequence[str], *, patience: float | None = None, env: Mapping[str, str] | None = None
+) -> subprocess.CompletedProcess[str]:
+    """Run one of Slurm's commands. One that cannot be started or gives no answer has code 127, and says so on stderr.
+
+    patience: seconds, PATIENCE when not given. env: the whole environment, ours when not given.
+    """
+    seconds = PATIENCE if patience is None else patience
     if shutil.which(argv[0]) is None:
-        return ""
+        return subprocess.CompletedProcess(argv, 127, "", f"there is no {argv[0]} here")
     try:
-        done = subprocess.run(
+        return subprocess.run(
             list(argv),
             capture_output=True,
             text=True,
             errors="replace",
-            timeout=PATIENCE,
+            timeout=seconds,
             stdin=subprocess.DEVNULL,
-            env=os.environ | {"SLURM_TIME_FORMAT": "standard"},
+            env=dict(os.environ if env is None else env),
         )
-    except (OSError, subprocess.TimeoutExpired):
-        return ""
-    return done.stdout[:_LIMIT] if done.returncode == 0 else ""
+    except subprocess.TimeoutExpired:
+        why = f"{os.path.basename(argv[0])} gave no answer within {seconds:g} s"
+    except OSError as error:
+        why = f"{argv[0]} cannot be started: {error.strerror}"
+    return subprocess.CompletedProcess(argv, 127, "", why)

@@ -9,10 +9,7 @@ Called before and after a start by `harness run`; outside a job, or where nothin
 from __future__ import annotations
 
 import os
-import re
 import shlex
-import shutil
-import subprocess
 import sys
 from collections.abc import Mapping
 from typing import TYPE_CHECKING
@@ -76,23 +73,10 @@ def go_on(run: RunDir, config: Config, environ: Mapping[str, str] = os.environ) 
 
 def _requeue(job: str) -> str | None:
     """Put a job back; None, or a sentence on why not."""
-    scontrol = shutil.which("scontrol")
-    if scontrol is None:
-        return "there is no scontrol here"
-    state = re.search(r"\bJobState=(\w+)", jobs.ask([scontrol, "--oneliner", "show", "job", job]))
-    if state is not None and state[1] not in RUNNING:
-        return f"it is {state[1]}"
-    try:
-        done = subprocess.run(
-            [scontrol, "requeue", job],
-            capture_output=True,
-            text=True,
-            errors="replace",
-            timeout=jobs.PATIENCE,
-            stdin=subprocess.DEVNULL,
-        )
-    except (OSError, subprocess.TimeoutExpired) as error:
-        return str(error)
+    state = jobs.state_of(job)
+    if state is not None and state not in RUNNING:
+        return f"it is {state}"
+    done = jobs.call(["scontrol", "requeue", job])
     return None if done.returncode == 0 else f"{done.stdout}{done.stderr}".strip()[:500] or f"code {done.returncode}"
 
 

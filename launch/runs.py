@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from harness.errors import InputMissing
-from harness.rundir import Attempt, RunDir
+from harness.rundir import CONSEQUENCES, Attempt, RunDir
 from launch import jobs
 
 STALE = 600.0
@@ -35,7 +35,8 @@ class Life:
 
     directory: str
     state: str
-    """new, queued, starting, running, stopping, finished, stopped, failed, or lost: it ended without a word"""
+    """new, queued, starting, running, stopping, restarting (it waits for that), finished, stopped, failed, or lost: it
+    ended without a word"""
     step: int | None = None
     steps: int | None = None
     rate: float | None = None
@@ -56,7 +57,7 @@ class Life:
 
     @property
     def alive(self) -> bool:
-        return self.state in ("starting", "running", "stopping")
+        return self.state in ("starting", "running", "stopping", "restarting")
 
 
 def is_run(path: Path) -> bool:
@@ -154,7 +155,9 @@ def _life(run: RunDir, last: _Last, told: Mapping[str, str]) -> Life:
     state = str(status.get("state", "starting")) if current and status else ("starting" if last.attempt else "new")
     if alive:
         state = "stopping" if run.stop.exists() and state == "running" else state
-        if state not in ("starting", "running", "stopping"):
+        if last.attempt is not None and read_object(last.attempt.ending).get("restart") is True:
+            state = "restarting"
+        elif state not in ("starting", "running", "stopping"):
             state = "running"  # the ranks have said how it ended, and are about to
     elif state in ("starting", "running"):
         state = "lost"
@@ -177,7 +180,9 @@ def _life(run: RunDir, last: _Last, told: Mapping[str, str]) -> Life:
         job=job,
         job_state=told.get(job) if job else None,
         restarts=_whole(slurm.get("restarts")) or 0 if isinstance(slurm, dict) else 0,
-        ended=None if alive or last.attempt is None else _why(run, last, status if current else {}, told),
+        ended=None
+        if last.attempt is None or (alive and state != "restarting")
+        else _why(run, last, status if current else {}, told),
         updated=updated,
     )
 
@@ -201,7 +206,12 @@ def _why(run: RunDir, last: _Last, status: Mapping[str, Any], told: Mapping[str,
     state, summary = status.get("state"), _text(status.get("summary"))
     if state in ("finished", "stopped"):
         return summary or str(state)
-    if errors := last.attempt.errors():
+    errors, ending = last.attempt.errors(), read_object(last.attempt.ending)
+    judged = _text(ending.get("summary"))
+    if judged and not (errors and errors[0].get("type") not in CONSEQUENCES):  # `harness run` saw what no rank could
+        kind = _text(ending.get("kind"))
+        return f"{kind}: {judged}" if kind and kind not in ("crash", "interrupted") else judged
+    if errors:
         cause = errors[0]
         where = f"rank {cause.get('rank')} on {cause.get('host')}"
         step = f" at step {cause['step']}" if cause.get("step") is not None else ""

@@ -36,9 +36,9 @@ if TYPE_CHECKING:
 def start(plan: Plan, run: RunDir, config: Config) -> int:
     """Run to the end and say how it ended; returns the exit code. Raises HarnessError where it cannot start.
 
-    Call it on the main thread.
+    Call it on the main thread, inside `alone`.
     """
-    with _alone(run), handling() as requests:
+    with handling() as requests:
         with storage_errors(run.root):
             run.stop.unlink(missing_ok=True)  # asked of an earlier start
         for note in plan.notes:
@@ -65,8 +65,11 @@ def next_step(run: RunDir) -> str:
 
 
 @contextmanager
-def _alone(run: RunDir) -> Iterator[None]:
-    """Two starts in one run directory would mix their checkpoints. The lock goes with the process, however it ends."""
+def alone(run: RunDir) -> Iterator[None]:
+    """Two starts in one run directory would mix their checkpoints. The lock goes with the process, however it ends.
+
+    Raises Unavailable where another process holds it.
+    """
     with storage_errors(run.root):
         file = open(run.root / "lock", "a")  # noqa: SIM115 - closed below
     with file:

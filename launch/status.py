@@ -20,7 +20,14 @@ from harness.errors import InputMissing
 from harness.units import show_duration
 from launch.runs import Life, find_run, find_runs, is_run, look, look_at_all
 
-_COLOURS = {"running": "green", "finished": "bold green", "failed": "bold red", "lost": "bold red", "stopped": "yellow"}
+_COLOURS = {
+    "running": "green",
+    "finished": "bold green",
+    "failed": "bold red",
+    "lost": "bold red",
+    "stopped": "yellow",
+    "restarting": "yellow",
+}
 
 
 def status(path: Path, *, as_json: bool = False) -> None:
@@ -85,7 +92,7 @@ def table(lives: Sequence[Life], below: Path) -> Table:
             show_duration(life.eta_s) if life.alive and life.eta_s is not None else "",
             str(life.last_checkpoint) if life.last_checkpoint is not None else "",
             Text(f"{life.job} {life.job_state or ''}".strip() if life.job else ""),
-            Text(life.ended if life.ended and life.state in ("failed", "lost", "queued") else ""),
+            Text(life.ended if life.ended and life.state in ("failed", "lost", "queued", "restarting") else ""),
         )
     return shown
 

@@ -9,14 +9,15 @@ shell sees a word of it.
 from __future__ import annotations
 
 import itertools
+import math
 import os
 import re
 import shlex
 import shutil
-import subprocess
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -24,6 +25,7 @@ from typing import TYPE_CHECKING
 from harness.batch import plan_batch
 from harness.errors import ConfigError, Unavailable, UsageError
 from harness.rundir import RunDir, open_run, storage_errors, write_atomic, write_json
+from harness.units import duration
 from launch import jobs
 from launch.runs import is_run, look
 from launch.slurm import options, render
@@ -33,13 +35,20 @@ if TYPE_CHECKING:
 
 FOLLOW_UP = "--follow-up"
 MOST_TASKS = 1000
+PATIENCE = 120.0
+"""Seconds that sbatch may take: a controller with many jobs answers late, and the question cannot be asked twice."""
+_LIMITS = "`sinfo -o '%P %l'` lists the partitions' limits"
 _HINTS = (
     ("artition", "`sinfo` lists the partitions"),
     ("ccount", "`sacctmgr show associations user=$USER` lists your accounts"),
     ("QOS", "`sacctmgr show qos` lists them"),
     ("ode configuration", "`sinfo -N -l` lists the nodes and what they have"),
-    ("ime limit", "`sinfo -o '%P %l'` lists the limits"),
+    ("ime limit", _LIMITS),
+    ("contact", "`scontrol ping` tells whether Slurm's controller is up"),
+    ("no answer", "`scontrol ping` tells whether Slurm's controller is up"),
 )
+_WRITTEN = ("config.yaml", "config.*.yaml", "job.sh", "stop")
+"""What a submission writes, or takes away, in a run directory before sbatch answers."""
 
 
 @dataclass(frozen=True)
@@ -92,31 +101,54 @@ def submit(configs: Sequence[Config], *, parent: Path | None = None, chain: int 
     print(text, end="", flush=True)
     if dry_run:
         return 0
-    sbatch = shutil.which("sbatch")
-    if sbatch is None:
+    if shutil.which("sbatch") is None:
         raise Unavailable("there is no sbatch on PATH", hint="use a login node, or load Slurm's module")
     _fits(first)
-    for config in configs:
-        run = open_run(config)
-        with storage_errors(run.root):
-            run.stop.unlink(missing_ok=True)  # asked of an earlier job
-    script = folder / "job.sh"
-    write_atomic(script, text)
-    began = time.time()
-    ids: list[str] = []
+    script, began = folder / "job.sh", time.time()
+    with _undone([folder, *(Path(config.directory) for config in configs)]):
+        for config in configs:
+            run = open_run(config)
+            with storage_errors(run.root):
+                run.stop.unlink(missing_ok=True)  # asked of an earlier job
+        write_atomic(script, text)
+        ids = [_sbatch([str(script)], first)]
     try:
-        for number in range(chain + 1):
-            after = [f"--dependency=afterany:{ids[-1]}"] if number else []
-            ids.append(_sbatch([sbatch, "--parsable", *after, str(script), *([FOLLOW_UP] if number else [])], first))
+        for _ in range(chain):
+            ids.append(_sbatch([f"--dependency=afterany:{ids[-1]}", str(script), FOLLOW_UP], first))
     finally:
-        if ids:
-            for number, config in enumerate(configs):
-                mine = ids if parent is None else [f"{job}_{number}" for job in ids]
-                write_json(Path(config.directory) / "submitted.json", {"jobs": mine, "time": began})
-            then = f", then {', '.join(ids[1:])}" if ids[1:] else ""
-            what = f"{len(configs)} runs below {folder}" if parent is not None else str(folder)
-            print(f"submitted {what} as job {ids[0]}{then}; see: harness status {shlex.quote(str(folder))}")
+        for number, config in enumerate(configs):
+            mine = ids if parent is None else [f"{job}_{number}" for job in ids]
+            write_json(Path(config.directory) / "submitted.json", {"jobs": mine, "time": began})
+        then = f", then {', '.join(ids[1:])}" if ids[1:] else ""
+        what = f"{len(configs)} runs below {folder}" if parent is not None else str(folder)
+        print(f"submitted {what} as job {ids[0]}{then}; see: harness status {shlex.quote(str(folder))}")
     return 0
+
+
+@contextmanager
+def _undone(folders: Sequence[Path]) -> Iterator[None]:
+    """Where Slurm refuses the job, the run directories are as they were before."""
+
+    def files() -> dict[Path, bytes]:
+        with storage_errors(folders[0]):
+            found = [path for folder in folders for pattern in _WRITTEN for path in folder.glob(pattern)]
+            return {path: path.read_bytes() for path in found}
+
+    before = files()
+    made = {path for folder in folders for path in (folder, *folder.parents) if not path.exists()}
+    try:
+        yield
+    except BaseException:
+        now = files()
+        for path in before:
+            if now.get(path) != before[path]:
+                path.write_bytes(before[path])
+        for path in now.keys() - before.keys():
+            path.unlink()
+        for path in sorted(made, key=lambda path: len(path.parts), reverse=True):
+            with suppress(OSError):  # not made, or somebody else has put something there
+                path.rmdir()
+        raise
 
 
 def _check(config: Config) -> None:
@@ -155,13 +187,23 @@ def _same_length(config: Config, path: Path) -> bool:
 
 
 def _fits(config: Config) -> None:
-    """Slurm lets a job wait for ever for nodes that do not exist."""
+    """Slurm lets a job wait for ever for nodes that do not exist, and for more time than any job may have."""
     wanted = None if config.slurm.partition is None else set(config.slurm.partition.split(","))
     found: dict[str, int] = {}
-    for line in jobs.ask(["sinfo", "--noheader", "--all", "--format=%P|%D"]).splitlines():
-        name, _, count = line.strip().partition("|")
+    limits: dict[str, float] = {}
+    for line in jobs.ask(["sinfo", "--noheader", "--all", "--format=%P|%D|%l"]).splitlines():
+        name, count, limit = [*line.strip().split("|"), "", ""][:3]
         if count.isdecimal() and (name.endswith("*") if wanted is None else name.rstrip("*") in wanted):
             found[name.rstrip("*")] = found.get(name.rstrip("*"), 0) + int(count)
+            limits[name.rstrip("*")] = math.inf
+            with suppress(ValueError):  # infinite, or n/a
+                limits[name.rstrip("*")] = duration(limit)
+    if limits and math.ceil(config.slurm.time / 60) * 60 > max(limits.values()):
+        name = max(limits, key=lambda name: limits[name])
+        raise Unavailable(
+            f"slurm.time ({config.slurm.time:g} s) is longer than partition {name} allows ({limits[name]:g} s)",
+            hint=_LIMITS,
+        )
     if found and config.slurm.nodes > max(found.values()):
         name = max(found, key=lambda name: found[name])
         raise Unavailable(
@@ -170,20 +212,9 @@ def _fits(config: Config) -> None:
         )
 
 
-def _sbatch(argv: Sequence[str], config: Config) -> str:
+def _sbatch(words: Sequence[str], config: Config) -> str:
     """Submit; the job's id. Raises Unavailable with what sbatch says."""
-    try:
-        done = subprocess.run(
-            list(argv),
-            capture_output=True,
-            text=True,
-            errors="replace",
-            timeout=120,
-            stdin=subprocess.DEVNULL,
-            env=_environment(os.environ, config),
-        )
-    except (OSError, subprocess.TimeoutExpired) as error:
-        raise Unavailable(f"sbatch did not work: {error}", hint="is Slurm's controller up? `sinfo` tells") from error
+    done = jobs.call(["sbatch", "--parsable", *words], patience=PATIENCE, env=_environment(os.environ, config))
     job = done.stdout.strip().split(";")[0]
     if done.returncode == 0 and job.isdecimal():
         return job

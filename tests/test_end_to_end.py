@@ -247,9 +247,12 @@ def test_two_starts_in_one_run_directory(folder: Path) -> None:
     for line in first.stdout:
         if line.startswith("step "):
             break
-    second = run(folder, *slow)
+    config = (folder / "runs/run/config.yaml").read_bytes()
+    second = run(folder, *slow, "train.steps=300")
     assert second.returncode == 69
     assert "runs/run is running already" in second.stderr
+    assert (folder / "runs/run/config.yaml").read_bytes() == config
+    assert not (folder / "runs/run/config.1.yaml").exists()
     first.send_signal(signal.SIGINT)
     assert first.wait(60) == 75, first.stdout.read()
     assert len(RunDir(folder / "runs/run").attempts()) == 1

@@ -97,6 +97,28 @@ def test_the_cause_of_the_last_end_is_the_first_error() -> None:
     assert look(run).ended == "rank 1 on n7 at step 5: ValueError: label 17"
 
 
+def test_what_no_rank_could_see_is_told_as_harness_run_has_judged_it() -> None:
+    run = make("runs/a", state="failed", summary="something else")
+    ending = {"kind": "lost", "summary": "the host n2 is gone", "restart": False}
+    write_json(run.attempts()[0].ending, ending)
+    assert look(run).ended == "lost: the host n2 is gone"
+    consequence = {"rank": 0, "host": "n1", "step": 5, "type": "HorovodInternalError", "message": "a peer is gone"}
+    write_json(run.attempts()[0].error(0), consequence)
+    assert look(run).ended == "lost: the host n2 is gone"
+
+
+def test_a_run_that_waits_for_its_restart_says_why(capsys: pytest.CaptureFixture[str]) -> None:
+    run = make("runs/a", state="failed", summary="rank 1 hangs")
+    write_json(run.attempts()[0].ending, {"kind": "hang", "summary": "rank 1 is silent", "restart": True})
+    with open(run.root / "lock", "w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        assert execute(["status"]) == 0
+        line = capsys.readouterr().out.splitlines()[1].split()
+    assert line[:2] == ["a", "restarting"]
+    assert line[-5:] == ["hang:", "rank", "1", "is", "silent"]
+    assert look(run).state == "failed"
+
+
 def test_a_status_of_an_earlier_attempt_says_nothing_about_this_one() -> None:
     run = make("runs/a", state="finished", summary="12 steps")
     write_json(run.new_attempt().command, {"host": socket.gethostname()})

@@ -97,6 +97,69 @@ def test_what_was_submitted_is_known_when_the_chain_breaks(here: Path, capsys: p
     assert json.loads((here / "runs/run/submitted.json").read_text())["jobs"] == ["41"]
 
 
+def tree(here: Path) -> dict[str, bytes]:
+    return {str(path): path.read_bytes() if path.is_file() else b"" for path in sorted((here / "runs").rglob("*"))}
+
+
+REFUSED = "echo 'sbatch: error: Batch job submission failed: Invalid partition name specified' >&2; exit 1"
+
+
+@pytest.mark.parametrize("words", [[], ["--chain", "1"], ["--sweep", "seed=1,2"]])
+def test_a_refused_submission_leaves_nothing(words: list[str], here: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    fake(here, "sbatch", REFUSED)
+    assert execute(["submit", "run.yaml", *words]) == 69
+    said = capsys.readouterr().err
+    assert "error: sbatch refused the job: Batch job submission failed: Invalid partition name specified\n" in said
+    assert not (here / "runs").exists()
+
+
+def test_a_refused_submission_leaves_a_run_as_it_was(here: Path) -> None:
+    run, _ = a_run()
+    ended(run, "stopped")
+    run.stop.write_text("asked by me")
+    (run.root / "job.sh").write_text("of an earlier job")
+    before = tree(here)
+    fake(here, "sbatch", REFUSED)
+    assert execute(["submit", "run.yaml", "train.steps=24", "slurm.time=2h"]) == 69
+    assert tree(here) == before
+    fake(here, "sbatch", "echo 41")
+    assert execute(["submit", "run.yaml", "train.steps=24"]) == 0
+    assert sorted(tree(here).keys() - before.keys()) == [
+        str(run.root.resolve() / "config.1.yaml"),
+        str(run.root.resolve() / "submitted.json"),
+    ]
+    assert not run.stop.exists()
+
+
+def test_a_slurm_that_does_not_answer(here: Path, monkeypatch: Any, capsys: pytest.CaptureFixture[str]) -> None:
+    fake(here, "sbatch", "exec sleep 60")
+    monkeypatch.setattr("launch.submit.PATIENCE", 0.3)
+    assert execute(["submit", "run.yaml"]) == 69
+    assert "sbatch gave no answer within 0.3 s\n  `scontrol ping` tells" in capsys.readouterr().err
+    assert not (here / "runs").exists()
+
+
+@pytest.mark.parametrize(
+    ("words", "told"),
+    [
+        (["slurm.time=25h"], "slurm.time (90000 s) is longer than partition main allows (86400 s)"),
+        (["slurm.time=31m", "slurm.partition=short"], "slurm.time (1860 s) is longer than partition short allows"),
+        (["slurm.nodes=16"], "slurm.nodes 16 is more than the 8 nodes of partition main"),
+        (["slurm.time=24h", "slurm.nodes=8"], None),
+        (["slurm.time=9-0:0:0", "slurm.partition=short,long"], None),
+        (["slurm.time=9h", "slurm.partition=unknown"], None),  # sbatch knows better
+    ],
+)
+def test_what_would_wait_for_ever(
+    words: list[str], told: str | None, here: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    fake(here, "sinfo", 'echo "main*|4|1-00:00:00"; echo "main*|4|1-00:00:00"; echo "short|1|30:00"; echo "long|1|n/a"')
+    fake(here, "sbatch", "echo 41")
+    assert execute(["submit", "run.yaml", *words]) == (69 if told else 0)
+    assert told is None or f"error: {told}" in capsys.readouterr().err
+    assert (here / "runs").exists() == (told is None)
+
+
 def test_no_sbatch(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (here / "bin/sbatch").unlink()
     os.environ["PATH"] = str(here / "bin")

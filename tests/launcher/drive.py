@@ -13,7 +13,7 @@ from harness.errors import HarnessError
 from harness.rundir import RunDir
 from launch.command import build
 from launch.plan import make_plan
-from launch.start import start
+from launch.start import alone, start
 
 root, ranks, script = Path(sys.argv[1]), int(sys.argv[2]), sys.argv[3]
 launcher = os.environ.get("DRIVE_LAUNCHER", "mpirun")
@@ -31,8 +31,10 @@ config = Config.model_validate(
 plan = make_plan(config, [])
 job = replace(plan.job, program=(sys.executable, "-u", script, str(root)))
 root.mkdir(parents=True, exist_ok=True)
+run = RunDir(root)
 try:
-    sys.exit(start(replace(plan, job=job, command=build(job, plan.mpi)), RunDir(root), config))
+    with alone(run):
+        sys.exit(start(replace(plan, job=job, command=build(job, plan.mpi)), run, config))
 except HarnessError as error:
     print(f"error: {error}", file=sys.stderr)
     sys.exit(error.code)
