@@ -62,6 +62,8 @@ class Data(Section):
     """One seeded permutation of all samples per epoch; false: in order."""
     block: Positive = 1
     """Samples shuffled together as one contiguous block, so that a file is read in long runs; 1 shuffles samples."""
+    partition: str | None = None
+    """A file of `harness data partition`: each rank reads only its part of the samples; unset: all read everywhere."""
 
 
 class Train(Section):
@@ -389,7 +391,9 @@ class Config(Section):
         return self
 
 
-MATHEMATICS = ("seed", "task", "data.shuffle", "data.block", "train", "optim", "schedule", "horovod.op")
+MATHEMATICS = (
+    "seed", "task", "data.shuffle", "data.block", "data.partition", "train", "optim", "schedule", "horovod.op"
+)  # fmt: skip
 """What makes two configs the same run: a run directory is continued only by a config that agrees on these."""
 FREE = ("train.steps", "train.epochs", "train.micro_batch", "train.nonfinite")
 """Exceptions within `MATHEMATICS`: may change when a run goes on."""

@@ -28,7 +28,7 @@ import traceback
 from collections.abc import Generator, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -39,6 +39,9 @@ from harness.batch import BatchPlan
 from harness.errors import ConfigError, Unavailable
 from harness.order import Ids, Order, Seeds, sample_seeds
 from harness.stop import SIGNALS
+
+if TYPE_CHECKING:
+    from harness.partition.order import PartOrder
 
 
 @dataclass(frozen=True)
@@ -60,7 +63,7 @@ class Batch:
 
 def train_batches(
     dataset: Any,
-    order: Order,
+    order: Order | PartOrder,
     plan: BatchPlan,
     *,
     rank: int,

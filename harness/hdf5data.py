@@ -86,15 +86,19 @@ class Hdf5Dataset:
         batch = tensors if self._as_dict else tuple(tensors.values())
         return batch if self.transform is None else self.transform(batch, seeds)
 
-    def read(self, ids: Ids) -> dict[str, NDArray[Any]]:
-        """Arrays by field name. Each run of neighbouring samples is one read; a sample wanted twice is read once."""
+    def read(self, ids: Ids, only: str | None = None) -> dict[str, NDArray[Any]]:
+        """Arrays by field name, of all fields or of one.
+
+        Each run of neighbouring samples is one read; a sample wanted twice is read once.
+        """
         if len(ids) and not 0 <= ids.min() <= ids.max() < len(self):
             raise IndexError(f"samples {ids.min()} to {ids.max()} asked of {len(self)}")
         unique, where = np.unique(ids, return_inverse=True)
-        out = {name: np.empty((len(unique), *shape), dtype) for name, (shape, dtype) in self.shapes.items()}
+        fields = self.fields if only is None else {only: self.fields[only]}
+        out = {name: np.empty((len(unique), *self.shapes[name][0]), self.shapes[name][1]) for name in fields}
         for run in runs(unique, self._ends):
             file = self._open(run.file)
-            for name, place in self.fields.items():
+            for name, place in fields.items():
                 try:
                     if run.stop > run.start:
                         file[place].read_direct(
@@ -133,7 +137,9 @@ class Hdf5Dataset:
         for name, place in self.fields.items():
             found = file.get(place)
             if not isinstance(found, h5py.Dataset):
-                raise ConfigError(f"{path} has no data set {place!r}", hint=f"it has {', '.join(_datasets(file))}")
+                raise ConfigError(
+                    f"{path} has no data set {place!r}", hint=f"it has {', '.join(_datasets(file)[:20]) or 'none'}"
+                )
             if not found.shape or found.dtype.kind not in "biuf":
                 raise DataError(f"{path}: {place} is of type {found.dtype}, shape {found.shape}, not rows of numbers")
             lengths[place] = found.shape[0]
@@ -179,6 +185,15 @@ def runs(ids: Ids, ends: Ids) -> Iterator[Run]:
         yield Run(file, start, start + stop - at, at)
 
 
+def all_fields(paths: str | Path | Sequence[str | Path]) -> list[str]:
+    """Every data set of the first of these files: the fields of whole samples. Raises InputMissing, DataError."""
+    first = _expand(paths)[0]
+    with _open_file(first) as file:
+        if not (found := _datasets(file)):
+            raise DataError(f"{first} has no data sets")
+    return found
+
+
 def _expand(paths: str | Path | Sequence[str | Path]) -> tuple[str, ...]:
     found: set[str] = set()
     for path in [paths] if isinstance(paths, (str, Path)) else paths:
@@ -208,8 +223,8 @@ def _datasets(file: h5py.File) -> list[str]:
     names: list[str] = []
 
     def note(name: str, found: object) -> None:
-        if isinstance(found, h5py.Dataset) and len(names) < 20:
+        if isinstance(found, h5py.Dataset):
             names.append(name)
 
     file.visititems(note)
-    return names or ["none"]
+    return names

@@ -9,6 +9,7 @@ import math
 import os
 import random
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -25,6 +26,8 @@ from harness.ema import Ema
 from harness.errors import ConfigError
 from harness.optim import make_optimizer, peak_lr
 from harness.order import Order
+from harness.partition.file import read
+from harness.partition.order import PartOrder, check_partition
 from harness.rundir import RunDir
 from harness.sinks import Sinks, open_sinks
 from harness.stop import SaveRequest, StopRequest, deadline
@@ -61,7 +64,7 @@ class Job:
     model: torch.nn.Module
     train_data: Any
     eval_batches: EvalBatches | None
-    order: Order
+    order: Order | PartOrder
     plan: BatchPlan
     steps: int
     update: Update
@@ -160,7 +163,7 @@ def build(config: Config, run: RunDir, attempt: int, world: World, clock: Clock)
             prefetch=config.data.prefetch,
             pin=world.device.type == "cuda",
         ),
-        order=Order(samples, config.seed, shuffle=config.data.shuffle, block=config.data.block),
+        order=make_order(config, samples, world.size),
         plan=plan,
         steps=steps,
         update=Update(
@@ -188,6 +191,17 @@ def build(config: Config, run: RunDir, attempt: int, world: World, clock: Clock)
             saved=lambda outcome: _saved(sinks, stop, outcome),
         ),
     )
+
+
+def make_order(config: Config, samples: int, ranks: int) -> Order | PartOrder:
+    """The order of samples; with `data.partition` each rank has parts of its own. Raises ConfigError and `read`'s."""
+    data = config.data
+    if data.partition is None:
+        return Order(samples, config.seed, shuffle=data.shuffle, block=data.block)
+    partition = read(Path(data.partition))
+    check_partition(partition, data.partition, samples=samples, ranks=ranks)
+    batch = config.train.global_batch
+    return PartOrder(partition.ids(), batch=batch, seed=config.seed, shuffle=data.shuffle, block=data.block)
 
 
 def _saved(sinks: Sinks, stop: StopRequest, outcome: Outcome) -> None:

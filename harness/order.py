@@ -12,8 +12,7 @@ Only what numpy promises to keep for ever is used: the raw output of the Philox 
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from functools import lru_cache
+from dataclasses import dataclass, field
 
 import numpy as np
 from numpy.typing import NDArray
@@ -34,6 +33,8 @@ class Order:
     seed: int
     shuffle: bool = True
     block: int = 1
+    _epochs: dict[int, Ids] = field(default_factory=dict, init=False, repr=False, compare=False)
+    """The permutations of the epochs that were asked for last."""
 
     def __post_init__(self) -> None:
         if self.samples < 1 or self.block < 1 or self.seed < 0:
@@ -51,14 +52,20 @@ class Order:
             epoch, first = divmod(start, self.samples)
             last = min(first + stop - start, self.samples)
             if self.shuffle:
-                parts.append(_permutation(self.samples, self.seed, epoch, self.block)[first:last])
+                parts.append(self._permutation(epoch)[first:last])
             else:
                 parts.append(np.arange(first, last, dtype=np.int64))
             start += last - first
         return np.concatenate(parts)
 
+    def _permutation(self, epoch: int) -> Ids:
+        if epoch not in self._epochs:
+            while len(self._epochs) > 1:
+                del self._epochs[next(iter(self._epochs))]
+            self._epochs[epoch] = _permutation(self.samples, self.seed, epoch, self.block)
+        return self._epochs[epoch]
 
-@lru_cache(maxsize=2)
+
 def _permutation(samples: int, seed: int, epoch: int, block: int) -> Ids:
     blocks = -(-samples // block)
     random = np.random.Philox(key=np.array([seed, epoch], np.uint64))
@@ -67,9 +74,7 @@ def _permutation(samples: int, seed: int, epoch: int, block: int) -> Ids:
         place = np.empty(blocks, np.int64)  # of each block in the epoch
         place[order] = np.arange(blocks)
         order = np.lexsort((random.random_raw(samples), place[np.arange(samples) // block]))
-    order = order.astype(np.int64, copy=False)
-    order.flags.writeable = False  # it is shared by all callers
-    return order
+    return order.astype(np.int64, copy=False)
 
 
 def sample_seeds(seed: int, start: int, stop: int) -> Seeds:

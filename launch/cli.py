@@ -1,4 +1,4 @@
-"""The `harness` command: run, submit, status, logs, stop, show, check, schema, ckpt.
+"""The `harness` command: run, submit, status, logs, stop, show, check, schema, ckpt, data.
 
 Parsing and order only; the work is in the other modules.
 
@@ -21,6 +21,7 @@ import typer
 from typer import BadParameter, TyperException
 
 from launch.ckpt import app as ckpt
+from launch.data import app as data
 
 LAUNCHERS = ("auto", "mpirun", "horovodrun", "srun", "local")
 
@@ -33,6 +34,7 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 app.add_typer(ckpt, name="ckpt")
+app.add_typer(data, name="data")
 
 
 def _launcher(value: str | None) -> str | None:
