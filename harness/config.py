@@ -272,7 +272,7 @@ class Restart(Section):
     most: Count = 0
     """Restarts in a row without progress; a new checkpoint, or a step further than ever, begins a new row."""
     backoff: Duration = 10.0
-    """Wait before the first restart of a row; each further one waits twice as long."""
+    """Wait before the second restart of a row; the first comes at once, each further one waits twice as long."""
     longest: Duration = 300.0
     """The longest wait."""
     min_ranks: Positive | None = None

@@ -92,9 +92,10 @@ def run(
     from harness.errors import Exit
     from harness.resolve import resolve
     from harness.rundir import RunDir, make_root, open_run
+    from launch.lock import alone
     from launch.plan import make_plan
     from launch.requeue import go_on, nothing_left
-    from launch.start import alone, start
+    from launch.start import start
     from launch.timelimit import time_limit
 
     values = [*(overrides or []), *_flags(ranks, hosts, hostfile, launcher)]

@@ -1,8 +1,9 @@
 """Whether, when and how a run that has failed is started again. Pure: it decides, `start.py` acts.
 
 A restart goes on from the newest checkpoint. Restarts that get no further than any attempt before them form a row; a
-row has at most `restart.most`, with waits that double. After two failures from the same checkpoint the one before is
-taken. Where a host is gone, the others go on with fewer ranks if `restart.min_ranks` allows it.
+row has at most `restart.most`, the first at once, the others after waits that double. After two failures from the same
+checkpoint the one before is taken. Where a host is gone, the others go on with fewer ranks if `restart.min_ranks`
+allows it.
 
     following = next_start(tried, config.restart, names)
     if following is not None: time.sleep(following.wait)
@@ -66,7 +67,8 @@ def next_start(tried: Sequence[Tried], settings: Restart, names: Sequence[str]) 
         row = 0 if progressed(tried, index) else row + 1
     if row >= settings.most:
         return None
-    wait = min(settings.longest, settings.backoff * 2.0 ** min(row, 60))
+    # the first at once: most ends have a cause that is gone with them
+    wait = min(settings.longest, settings.backoff * 2.0 ** min(row - 1, 60)) if row else 0.0
     return Next(wait, row + 1, _older(tried, names))
 
 

@@ -6,7 +6,6 @@ another is decided in `restart.py`; requeueing a job is not done here.
 
 from __future__ import annotations
 
-import fcntl
 import os
 import platform
 import shlex
@@ -15,12 +14,10 @@ import socket
 import sys
 import time
 import uuid
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
-from harness.errors import Exit, StorageError, Unavailable
+from harness.errors import Exit, StorageError
 from harness.rundir import ROLL_BACK, Attempt, RunDir, storage_errors, write_json
 from launch import processes
 from launch.jobs import job_of
@@ -36,7 +33,7 @@ if TYPE_CHECKING:
 def start(plan: Plan, run: RunDir, config: Config) -> int:
     """Run to the end and say how it ended; returns the exit code. Raises HarnessError where it cannot start.
 
-    Call it on the main thread, inside `alone`.
+    Call it on the main thread, inside `lock.alone`.
     """
     with handling() as requests:
         with storage_errors(run.root):
@@ -64,24 +61,6 @@ def next_step(run: RunDir) -> str:
     return f"{state} with: harness run {shlex.quote(str(run.root))}"
 
 
-@contextmanager
-def alone(run: RunDir) -> Iterator[None]:
-    """Two starts in one run directory would mix their checkpoints. The lock goes with the process, however it ends.
-
-    Raises Unavailable where another process holds it.
-    """
-    with storage_errors(run.root):
-        file = open(run.root / "lock", "a")  # noqa: SIM115 - closed below
-    with file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise Unavailable(f"{run.root} is running already", hint="wait for it, or choose another run_dir") from None
-        except OSError as error:  # a file system without locks
-            print(f"note: {run.root} cannot be locked ({error.strerror}): start it once only", file=sys.stderr)
-        yield
-
-
 def _until_it_ends(plan: Plan, run: RunDir, config: Config, requests: Requests) -> list[Tried]:
     """All attempts, the oldest first."""
     tried: list[Tried] = []
@@ -107,8 +86,9 @@ def _until_it_ends(plan: Plan, run: RunDir, config: Config, requests: Requests) 
         back_to = following.back_to
         print(f"{ending.text}\nlogs: {_logs(attempt, ending)}", file=sys.stderr, flush=True)
         origin = back_to or saved
+        when = f"in {following.wait:g} s" if following.wait else "at once"
         say(
-            f"restart {following.row} of {config.restart.most} without progress in {following.wait:g} s,"
+            f"restart {following.row} of {config.restart.most} without progress {when},"
             f" with {plan.job.ranks} rank{'s' * (plan.job.ranks != 1)}, from {origin or 'the beginning'}"
         )
         if (ended := _wait(following.wait, run, requests)) is not None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -250,7 +251,7 @@ def test_two_starts_in_one_run_directory(folder: Path) -> None:
     config = (folder / "runs/run/config.yaml").read_bytes()
     second = run(folder, *slow, "train.steps=300")
     assert second.returncode == 69
-    assert "runs/run is running already" in second.stderr
+    assert f"runs/run is running already: process {first.pid} on {socket.gethostname()}, since 20" in second.stderr
     assert (folder / "runs/run/config.yaml").read_bytes() == config
     assert not (folder / "runs/run/config.1.yaml").exists()
     first.send_signal(signal.SIGINT)

@@ -44,29 +44,29 @@ def test_no_restart_after_what_it_cannot_mend(kind: Any) -> None:
 @pytest.mark.parametrize("kind", ["crash", "hang", "memory", "lost", "io"])
 def test_a_restart_after_what_it_may_mend(kind: Any) -> None:
     attempts = tried((4, 5), ending=replace(CRASH, kind=kind))
-    assert next_start(attempts, Restart(most=1), [name(4)]) == Next(10.0, 1)
+    assert next_start(attempts, Restart(most=1), [name(4)]) == Next(0.0, 1)
     assert next_start(attempts, Restart(), [name(4)]) is None, "off unless it is asked for"
 
 
 def test_a_row_without_progress_ends_and_progress_begins_a_new_one() -> None:
     twice = Restart(most=2, backoff=1.0)
-    assert next_start(tried((-1, 3)), twice, []) == Next(1.0, 1)
-    assert next_start(tried((-1, 3), (-1, 3)), twice, []) == Next(2.0, 2)
+    assert next_start(tried((-1, 3)), twice, []) == Next(0.0, 1)
+    assert next_start(tried((-1, 3), (-1, 3)), twice, []) == Next(1.0, 2)
     assert next_start(tried((-1, 3), (-1, 3), (-1, 2)), twice, []) is None
-    assert next_start(tried((-1, 3), (-1, 3), (-1, 4)), twice, []) == Next(1.0, 1), "a further step"
-    assert next_start(tried((-1, 3), (-1, 3), (2, 3)), twice, [name(2)]) == Next(1.0, 1), "a first checkpoint"
-    assert next_start(tried((8, 9), (8, 9), (12, 9)), twice, [name(8), name(12)]) == Next(1.0, 1)
+    assert next_start(tried((-1, 3), (-1, 3), (-1, 4)), twice, []) == Next(0.0, 1), "a further step"
+    assert next_start(tried((-1, 3), (-1, 3), (2, 3)), twice, [name(2)]) == Next(0.0, 1), "a first checkpoint"
+    assert next_start(tried((8, 9), (8, 9), (12, 9)), twice, [name(8), name(12)]) == Next(0.0, 1)
     assert next_start(tried((8, 9), (8, 9), (4, 6)), twice, [name(4)]) is None, "no further than ever"
 
 
-def test_waits_double_up_to_the_longest() -> None:
+def test_the_first_restart_comes_at_once_then_waits_double_up_to_the_longest() -> None:
     settings = Restart(most=1000, backoff=10.0, longest=300.0)
     waits = []
     for count in range(1, 9):
         following = next_start(tried(*[(-1, 0)] * count), settings, [])
         assert following is not None
         waits.append(following.wait)
-    assert waits == [10, 20, 40, 80, 160, 300, 300, 300]
+    assert waits == [0, 10, 20, 40, 80, 160, 300, 300]
     long = next_start(tried(*[(-1, 0)] * 900), settings, [])
     assert long is not None and long.wait == 300
 

@@ -197,6 +197,37 @@ def test_the_launcher_itself_is_killed(launch) -> None:
     assert run.left() == []
 
 
+def test_the_supervisor_is_killed(launch) -> None:
+    """The ranks end with it, and the next start ends what has hidden from mpirun."""
+    run = launch("""
+        import subprocess, sys
+        if attempt.number == 2:
+            status("finished")
+            sys.exit()
+        code = "import signal, time; signal.signal(signal.SIGTERM, signal.SIG_IGN); time.sleep(300)"
+        hidden = subprocess.Popen([sys.executable, "-c", code], start_new_session=True)
+        (attempt.root / f"hidden-{me.rank}").write_text(str(hidden.pid))
+        everybody_is_here()
+        (attempt.root / f"here-{me.rank}").touch()
+        sleep_stubbornly()
+    """)
+    run.until(lambda: len(list(run.attempt.glob("here-*"))) == 2)
+    began = time.monotonic()
+    run.process.kill()
+    run.process.communicate()
+    hidden = {int(file.read_text()) for file in run.attempt.glob("hidden-*")}
+    while not set(run.left()) <= hidden:
+        assert time.monotonic() - began < 30, "the ranks go on without a supervisor"
+        time.sleep(0.05)
+    assert set(run.left()) == hidden
+    assert not (run.attempt / "ending.json").exists()
+    again = launch((run.root.parent / "script.py").read_text().removeprefix("from rank import *\n"))
+    code, _, err = again.wait()
+    assert code == 0, err
+    assert "the `harness run` of attempt 1 was killed; what it has left is ended first" in err
+    assert run.left() == []
+
+
 def test_processes_that_hide_are_found(launch) -> None:
     """A loader that made a session of its own and outlives its rank is an orphan; it is known by its environment."""
     run = launch("""
@@ -376,8 +407,8 @@ def test_restarts_without_progress_end_and_all_attempts_are_told(launch) -> None
     endings = [json.loads((run.root / f"attempts/000{n}/ending.json").read_text()) for n in (1, 2, 3)]
     assert [ending["restart"] for ending in endings] == [True, True, False]
     assert {(ending["kind"], ending["rank"], ending["step"]) for ending in endings} == {("crash", 1, 120)}
-    assert "restart 1 of 2 without progress in 0.05 s, with 2 ranks, from the beginning" in err
-    assert "restart 2 of 2 without progress in 0.1 s" in err
+    assert "restart 1 of 2 without progress at once, with 2 ranks, from the beginning" in err
+    assert "restart 2 of 2 without progress in 0.05 s" in err
     table = err[err.index("attempt  ranks") :].splitlines()
     assert [line.split()[0] for line in table[:4]] == ["attempt", "1", "2", "3"]
     assert err.count("go on with: harness run") + err.count("start again with: harness run") == 1
@@ -403,8 +434,8 @@ def test_a_mistake_of_the_user_is_not_tried_again(launch) -> None:
 
 @pytest.mark.parametrize(("number", "expected"), [(signal.SIGINT, 130), (signal.SIGUSR2, 75)])
 def test_the_wait_for_a_restart_ends_at_once(launch, number: signal.Signals, expected: int) -> None:
-    run = launch(FAILS, DRIVE_RESTARTS="1", DRIVE_BACKOFF="1h")
-    run.until((run.attempt / "ending.json").exists)
+    run = launch(FAILS, DRIVE_RESTARTS="2", DRIVE_BACKOFF="1h")
+    run.until((run.root / "attempts/0002/ending.json").exists, 60)
     run.process.send_signal(number)
     began = time.monotonic()
     code, _, err = run.wait(30)

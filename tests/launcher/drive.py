@@ -12,8 +12,9 @@ from harness.config import Config
 from harness.errors import HarnessError
 from harness.rundir import RunDir
 from launch.command import build
+from launch.lock import alone
 from launch.plan import make_plan
-from launch.start import alone, start
+from launch.start import start
 
 root, ranks, script = Path(sys.argv[1]), int(sys.argv[2]), sys.argv[3]
 launcher = os.environ.get("DRIVE_LAUNCHER", "mpirun")
