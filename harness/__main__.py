@@ -96,7 +96,10 @@ class Rank:
         from harness.world import bring_up
 
         exact = self.config.train.deterministic
-        self.world = world = bring_up(self.environment, self.config.horovod, self.run_dir.root, exact=exact)
+        settings = self.config
+        self.world = world = bring_up(
+            self.environment, settings.horovod, self.run_dir.root, exact=exact, parallel=settings.parallel
+        )
         self._check_same_config()
         if self.attempt is None:
             # a failure on rank 0 ends the job, and with it those who wait here
@@ -168,11 +171,11 @@ class Rank:
 
 
 def _read(arguments: argparse.Namespace, environment: Environment) -> Config:
-    from harness.batch import plan_batch
+    from harness.batch import plan_of
     from harness.resolve import resolve
 
     config = resolve(arguments.config, arguments.overrides, sites=arguments.site).config
-    plan_batch(global_batch=config.train.global_batch, ranks=environment.size, micro_batch=config.train.micro_batch)
+    plan_of(config, environment.size)
     return config
 
 

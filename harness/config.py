@@ -7,20 +7,17 @@ a `Config` read back from its own dump is equal to it, so the frozen config of a
 >>> Config.model_validate(run).optim.name
 'adamw'
 """
+# ruff: noqa: RUF012  # pydantic copies mutable defaults
 
 from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
+from pydantic import BeforeValidator, Field, model_validator
 
+from harness.parallel.settings import Parallel
+from harness.section import Count, Fraction, NonNegative, Positive, PositiveFloat, Section
 from harness.units import Duration, Size
-
-Positive = Annotated[int, Field(gt=0)]
-Count = Annotated[int, Field(ge=0)]
-Fraction = Annotated[float, Field(ge=0, le=1)]
-PositiveFloat = Annotated[float, Field(gt=0, allow_inf_nan=False)]
-NonNegative = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 
 
 def _keep_rule(value: object) -> object:
@@ -34,12 +31,6 @@ def _keep_rule(value: object) -> object:
 
 KeepRule = Annotated[str, BeforeValidator(_keep_rule)]
 """Checked where it is written; a number n is `last n`."""
-
-
-class Section(BaseModel):
-    """Common to all sections: unknown keys refused, values immutable, no silent conversions (`"5"` is not a number)."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, use_attribute_docstrings=True)
 
 
 class Task(Section):
@@ -361,6 +352,7 @@ class Config(Section):
     schedule: Schedule = Schedule()
     eval: Eval = Eval()
     horovod: Horovod = Horovod()
+    parallel: Parallel = Parallel()
     checkpoint: Checkpoint = Checkpoint()
     log: Log = Log()
     stop: Stop = Stop()

@@ -1,4 +1,4 @@
-"""Batches: from a data set and an order to what one rank trains and evaluates on, with or without loader processes.
+"""Batches: from a data set and an order to what one replica trains and evaluates on, with or without loader processes.
 
 A data set is any torch map-style data set (`__len__` and `__getitem__`; samples are joined by torch's default_collate).
 If it also has a method
@@ -11,7 +11,7 @@ random: they are seeded for each sample, and the training process's own state is
 
 What is not here: the order (`order.py`), the arithmetic of batches (`batch.py`). Nothing here is collective.
 
-    for batch in train_batches(dataset, Order(len(dataset), seed=0), plan, rank=0, start_step=0, stop_step=100, seed=0):
+    for batch in train_batches(dataset, order, plan, replica=0, start_step=0, stop_step=100, seed=0):
         loss = task.loss(model, to_device(batch.data, device))
 """
 
@@ -66,7 +66,7 @@ def train_batches(
     order: Order | PartOrder,
     plan: BatchPlan,
     *,
-    rank: int,
+    replica: int,
     start_step: int,
     stop_step: int,
     seed: int,
@@ -76,15 +76,15 @@ def train_batches(
 ) -> Generator[Batch, None, None]:
     """`plan.passes` micro batches for each step in [start_step, stop_step), in order.
 
-    Step s covers positions [s * global_batch, (s + 1) * global_batch) of the order; this rank takes the rank-th of
-    `plan.ranks` equal contiguous parts. Batches do not depend on `workers`. Closing the iterator ends the workers.
+    Step s covers positions [s * global_batch, (s + 1) * global_batch) of the order; each replica takes its own of
+    `plan.replicas` equal contiguous parts. Batches do not depend on `workers`. Closing the iterator ends the workers.
     An exception of the data set is raised as it is; ConfigError when the data set cannot be sent to workers.
     """
 
     def requests() -> Iterator[_Request]:
         for step in range(start_step, stop_step):
-            begin = step * plan.global_batch + rank * plan.per_rank
-            for first in range(begin, begin + plan.per_rank, plan.micro_batch):
+            begin = step * plan.global_batch + replica * plan.per_replica
+            for first in range(begin, begin + plan.per_replica, plan.micro_batch):
                 stop = first + plan.micro_batch
                 yield _Request(first, order.ids(first, stop), sample_seeds(seed, first, stop))
 
@@ -92,9 +92,9 @@ def train_batches(
 
 
 class EvalBatches:
-    """This rank's contiguous part of the data set, in batches of `batch` samples; the last one may be smaller.
+    """This replica's contiguous part of the data set, in batches of `batch` samples; the last one may be smaller.
 
-    Over all ranks every sample comes exactly once. A rank gets nothing when there are more ranks than samples. Every
+    Over all replicas every sample comes exactly once. One gets nothing when there are more replicas than samples. Every
     iteration gives the same; workers start with the first one and live until `close`.
     """
 
@@ -102,15 +102,15 @@ class EvalBatches:
         self,
         dataset: Any,
         *,
-        rank: int,
-        size: int,
+        replica: int,
+        replicas: int,
         batch: int,
         seed: int = 0,
         workers: int = 0,
         prefetch: int = 2,
         pin: bool = False,
     ) -> None:
-        begin, end = (len(dataset) * part // size for part in (rank, rank + 1))
+        begin, end = (len(dataset) * part // replicas for part in (replica, replica + 1))
         self._loader: Any = _loader(
             dataset, _EvalRequests(begin, end, batch, seed), workers, prefetch, pin, persistent=workers > 0
         )

@@ -37,8 +37,10 @@ def evaluate(job: Job) -> dict[str, float]:
                 sums[name] = sums.get(name, 0.0) + mean.detach().double() * batch.samples
             count += batch.samples
         mine = {name: float(value) for name, value in sums.items()}
-        means_of_all = combine(job.world.comm.all_gather({"count": count, "sums": mine}))
-        if job.world.is_root:
+        speaks = job.world.groups.speaks  # all ranks of a replica have the same
+        parts = job.world.comm.all_gather({"count": count if speaks else 0, "sums": mine if speaks else {}})
+        means_of_all = combine(parts)
+        if job.world.replica == 0:  # all its ranks, as one alone cannot use a model that is cut over several
             means_of_all |= {name: float(x) for name, x in job.task.summarize(job.model, means_of_all).items()}
             if (text := job.task.report(job.model)) is not None:
                 job.sinks.say(text)
@@ -47,7 +49,7 @@ def evaluate(job: Job) -> dict[str, float]:
 
 
 def combine(parts: Sequence[Any]) -> dict[str, float]:
-    """Means from every rank's `{"count": samples, "sums": {name: sum}}`. Pure. Raises HarnessError."""
+    """Means from every replica's `{"count": samples, "sums": {name: sum}}`. Pure. Raises HarnessError."""
     total = sum(int(part["count"]) for part in parts)
     if total == 0:
         raise HarnessError("the evaluation set gave no samples")

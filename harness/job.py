@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from harness.batch import BatchPlan, plan_batch
+from harness.batch import BatchPlan, plan_of
 from harness.checkpoint import Manager, State
 from harness.checkpoint.rules import keep_rule
 from harness.checkpoint.writing import Outcome
@@ -116,7 +116,7 @@ def build(config: Config, run: RunDir, attempt: int, world: World, clock: Clock)
     torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined] # costs time and only hides reads of unset memory
     torch.backends.cudnn.benchmark = not config.train.deterministic
     settings = config.checkpoint
-    plan = plan_batch(global_batch=config.train.global_batch, ranks=world.size, micro_batch=config.train.micro_batch)
+    plan = plan_of(config, world.size)
     seed_generators(config.seed)  # a task may split or make its data at random: all ranks alike, at every start
     task = make_task(config.task.name, config.task.args)
     train_data, eval_data = task.data("train"), task.data("eval")
@@ -156,8 +156,8 @@ def build(config: Config, run: RunDir, attempt: int, world: World, clock: Clock)
         if eval_data is None
         else EvalBatches(
             eval_data,
-            rank=world.rank,
-            size=world.size,
+            replica=world.replica,
+            replicas=world.replicas,
             batch=config.eval.batch or plan.micro_batch,
             workers=config.data.workers,
             prefetch=config.data.prefetch,
@@ -172,7 +172,8 @@ def build(config: Config, run: RunDir, attempt: int, world: World, clock: Clock)
             train=config.train,
             horovod=config.horovod,
             passes=plan.passes,
-            ranks=world.size,
+            ranks=world.groups.replicas.size,
+            process_set=world.groups.replicas.process_set,
             device=world.device,
         ),
         ema=Ema(model, config.train.ema) if config.train.ema is not None else None,
@@ -210,7 +211,7 @@ def _saved(sinks: Sinks, stop: StopRequest, outcome: Outcome) -> None:
 
 
 def seed_generators(*key: int) -> None:
-    """Derive Python's, numpy's and torch's generators from (seed, step, rank): nothing of them needs to be saved.
+    """Derive Python's, numpy's and torch's generators from (seed, step, replica): nothing of them needs to be saved.
 
     Cheap enough for every step: about 20 microseconds.
     """

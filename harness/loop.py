@@ -52,7 +52,7 @@ def train(job: Job) -> None:
     with batches_of(job, first) as batches:
         for step in range(first, first if ended else job.steps):
             job.clock.begin(step)
-            seed_generators(job.config.seed, step, job.world.rank)
+            seed_generators(job.config.seed, step, job.world.replica)
             lr_factor = factor(job.config.schedule, step, job.steps)
             job.update.begin(lr_factor)
             losses: list[torch.Tensor] = []
@@ -116,6 +116,8 @@ def describe(job: Job) -> str:
     parameters = sum(parameter.numel() for parameter in job.model.parameters())
     ranks, hosts = job.world.size, len(set(job.world.hosts))
     where = f"{ranks} rank{'s' * (ranks != 1)} on {hosts} host{'s' * (hosts != 1)}"
+    if job.plan.each > 1:
+        where += f" in {job.plan.replicas} replica{'s' * (job.plan.replicas != 1)} of {job.plan.each}"
     return (
         f"{job.config.task.name}: {parameters:,} parameters, {job.order.samples:,} samples, {job.steps:,} steps of"
         f" {job.plan.global_batch}; {where}, {job.world.device.type}; {job.run.root}"
@@ -128,12 +130,12 @@ def due(done: int, every: int | None) -> bool:
 
 
 def batches_of(job: Job, first: int) -> closing[Generator[Batch, None, None]]:
-    """This rank's micro batches from step `first` on; loader workers end with the block."""
+    """This replica's micro batches from step `first` on; loader workers end with the block."""
     batches = train_batches(
         job.train_data,
         job.order,
         job.plan,
-        rank=job.world.rank,
+        replica=job.world.replica,
         start_step=first,
         stop_step=job.steps,
         seed=job.config.seed,

@@ -55,7 +55,7 @@ class Task:
         return {"loss": self.loss(model, batch)}
 
     def summarize(self, model: torch.nn.Module, metrics: Mapping[str, float]) -> Mapping[str, float]:
-        """After an evaluation, on rank 0 only: metrics that follow from the exact means (bits from nats, ...)."""
+        """After an evaluation, on rank 0 (all ranks of its replica): metrics that follow from the exact means."""
         return {}
 
     def parameters(self, model: torch.nn.Module) -> Iterable[Any]:
@@ -63,7 +63,7 @@ class Task:
         return model.parameters()
 
     def report(self, model: torch.nn.Module) -> str | None:
-        """A few lines to print after an evaluation, on rank 0 only; None prints nothing."""
+        """A few lines to print after an evaluation, on rank 0 (all ranks of its replica); None prints nothing."""
         return None
 
     def export(self, model: torch.nn.Module, directory: Path) -> str | None:

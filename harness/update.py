@@ -39,7 +39,7 @@ class Update:
     """Owns the optimizer, the gradient scaler and the accumulation of one model.
 
     `optimizer` must be fresh: Horovod's wrapper drops the state of one that has any. Restore state into
-    `self.optimizer` afterwards.
+    `self.optimizer` afterwards. `ranks`, `process_set`: those over which gradients are reduced; None: all.
     """
 
     def __init__(
@@ -52,6 +52,7 @@ class Update:
         passes: int,
         ranks: int,
         device: torch.device,
+        process_set: Any = None,
     ) -> None:
         if train.precision == "fp16" and device.type == "cpu":
             raise ConfigError("train.precision fp16 needs a GPU", hint="use bf16, which CPUs compute as well")
@@ -59,7 +60,9 @@ class Update:
         self.device = device
         self.train = train
         self.base_lrs = [float(group["lr"]) for group in optimizer.param_groups]
-        self.optimizer: Any = _distribute(model, optimizer, horovod, passes, ranks) if ranks > 1 else optimizer
+        self.optimizer: Any = (
+            _distribute(model, optimizer, horovod, passes, ranks, process_set) if ranks > 1 else optimizer
+        )
         self.distributed = ranks > 1
         self.adasum = self.distributed and horovod.op == "adasum"
         self.scaler = torch.amp.GradScaler(device.type) if train.precision == "fp16" else None
@@ -149,7 +152,12 @@ class Update:
 
 
 def _distribute(
-    model: torch.nn.Module, optimizer: torch.optim.Optimizer, settings: Horovod, passes: int, ranks: int
+    model: torch.nn.Module,
+    optimizer: torch.optim.Optimizer,
+    settings: Horovod,
+    passes: int,
+    ranks: int,
+    process_set: Any = None,
 ) -> Any:
     import horovod.torch as hvd
 
@@ -181,6 +189,7 @@ def _distribute(
             gradient_predivide_factor=settings.predivide,
             groups=settings.groups,
             sparse_as_dense=settings.sparse_as_dense,
+            process_set=process_set or hvd.global_process_set,
         )
     except ValueError as error:
         raise ConfigError(f"Horovod refuses these settings: {error}") from error

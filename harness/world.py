@@ -1,7 +1,8 @@
 """The process world: MPI and Horovod brought up in the right order, checked, and the few control collectives.
 
 Order (DESIGN: a wrong order segfaults or hangs with some MPIs): environment, mpi4py with MPI_THREAD_MULTIPLE, GPU,
-`hvd.init`. Under `horovodrun --gloo`, and for a single process without a launcher, MPI is not touched at all.
+`hvd.init` with the process sets of the groups (`parallel/groups.py`). Under `horovodrun --gloo`, and for a single
+process without a launcher, MPI is not touched at all.
 
 What is not here: gradients (`update.py`).
 """
@@ -13,13 +14,15 @@ import sys
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from harness.checkpoint.comm import Comm, Horovod, Mpi, Single
 from harness.config import Horovod as Settings
 from harness.device import choose_device
 from harness.env import Environment
 from harness.errors import Unavailable
+from harness.parallel.groups import SINGLE, Grid, Group, Groups, Ranks, arrange, groups_of
+from harness.parallel.settings import Parallel
 from harness.rundir import storage_errors
 
 if TYPE_CHECKING:
@@ -44,10 +47,22 @@ class World:
     """For control values and checkpoints; its own duplicate of COMM_WORLD, so no message meets Horovod's."""
     controller: str
     """What Horovod negotiates over: "mpi", "gloo", or "none" for a single process."""
+    groups: Groups = SINGLE
+    """Whom this rank works with on what."""
 
     @property
     def is_root(self) -> bool:
         return self.rank == 0
+
+    @property
+    def replica(self) -> int:
+        """The number of this rank's replica, which takes samples of its own."""
+        return self.groups.place.replica
+
+    @property
+    def replicas(self) -> int:
+        """Replicas in all."""
+        return len(self.groups.grid.cells)
 
     def exchange(self, values: Sequence[float], name: str) -> np.ndarray:
         """Every rank's values as float64 [size, len(values)]. Collective; one Horovod operation."""
@@ -58,23 +73,27 @@ class World:
         table = mine if self.size == 1 else hvd.allgather(mine, name=name)
         return table.numpy()
 
-    def broadcast_tensors(self, tensors: Iterable[tuple[str, torch.Tensor]], name: str) -> None:
-        """Rank 0's values to all ranks, in place, any dtype and layout. Collective.
+    def broadcast_tensors(
+        self, tensors: Iterable[tuple[str, torch.Tensor]], name: str, group: Group | None = None
+    ) -> None:
+        """The values of the first rank (of a group) to all (of it), in place, any dtype and layout. Collective there.
 
         Bytes travel, not numbers, because Horovod knows no bool, bf16 or complex and only contiguous tensors.
         """
-        if self.size == 1:
+        if self.size == 1 or (group is not None and group.size == 1):
             return
         import horovod.torch as hvd
         import torch
 
+        root, chosen = (0, hvd.global_process_set) if group is None else (group.root, group.process_set)
         with torch.no_grad():
             waiting = []
             for key, tensor in tensors:
                 if tensor.numel() == 0:
                     continue
                 flat = tensor.detach().contiguous().view(-1).view(torch.uint8)
-                waiting.append((tensor, flat, hvd.broadcast_async_(flat, root_rank=0, name=f"{name}/{key}")))
+                handle = hvd.broadcast_async_(flat, root_rank=root, name=f"{name}/{key}", process_set=chosen)
+                waiting.append((tensor, flat, handle))
             for tensor, flat, handle in waiting:
                 hvd.synchronize(handle)
                 tensor.copy_(flat.view(tensor.dtype).view(tensor.shape))
@@ -96,8 +115,15 @@ class World:
                 tensor.copy_(hvd.synchronize(handle))
 
 
-def bring_up(environment: Environment, settings: Settings, directory: Path, *, exact: bool = True) -> World:
-    """Join the other ranks. Collective. `exact`: the same sums in every run.
+def bring_up(
+    environment: Environment,
+    settings: Settings,
+    directory: Path,
+    *,
+    exact: bool = True,
+    parallel: Parallel = Parallel(),  # noqa: B008  # frozen
+) -> World:
+    """Join the other ranks. Collective. `exact`: the same sums in every run. `parallel`: who works with whom.
 
     Raises Unavailable, the same on all ranks, when they do not form one world."""
     os.environ.update(horovod_environment(settings, directory, exact=exact and environment.size > 2))
@@ -118,15 +144,26 @@ def bring_up(environment: Environment, settings: Settings, directory: Path, *, e
 
     local_rank, local_size = environment.local_rank or 0, environment.local_size or 1
     node: Comm = Single()
+    comm: Comm = Single()
     if mpi is not None:
+        comm = Mpi(mpi.COMM_WORLD)
         node = Mpi(mpi.COMM_WORLD.Split_type(mpi.COMM_TYPE_SHARED))
         local_rank, local_size = node.rank, node.size
 
     import horovod.torch as hvd
 
     device = choose_device(local_rank, local_size, node.all_gather)
+    grid: Grid | None = None
+    sets: list[Any] = []
+    if mpi is not None and comm.size == environment.size:
+        grid = _arrange(environment, comm, parallel)
+        sets = [hvd.ProcessSet(list(ranks)) for ranks in grid.sets()]
     try:
-        hvd.init(comm=mpi.COMM_WORLD) if mpi is not None else hvd.init()
+        if mpi is not None:
+            hvd.init(comm=mpi.COMM_WORLD, process_sets=sets)
+        else:
+            # without MPI nobody knows the hosts yet; sets that are added later cost a little in each of its cycles
+            hvd.init(process_sets="dynamic" if parallel != Parallel() else None)
     except Exception as error:
         raise Unavailable(f"Horovod does not start: {error}", hint="`harness check` shows what works here") from error
     views = {"the environment": (environment.rank, environment.size)}
@@ -135,17 +172,35 @@ def bring_up(environment: Environment, settings: Settings, directory: Path, *, e
     views["Horovod"] = (hvd.rank(), hvd.size())
     check_views(views, environment.launcher)
 
-    comm: Comm = Mpi(mpi.COMM_WORLD) if mpi is not None else Horovod() if environment.size > 1 else Single()
+    if mpi is None and environment.size > 1:
+        comm = Horovod()
+    if grid is None:
+        grid = _arrange(environment, comm, parallel)
+        sets = [hvd.add_process_set(list(ranks)) for ranks in grid.sets()]
     return World(
         rank=environment.rank,
         size=environment.size,
         local_rank=local_rank,
         local_size=local_size,
-        hosts=tuple(str(host) for host in comm.all_gather(environment.host)),
+        hosts=grid.hosts,
         device=device,
         comm=comm,
         controller="none" if alone else "mpi" if mpi is not None else "gloo",
+        groups=form_groups(grid, environment.rank, sets),
     )
+
+
+def _arrange(environment: Environment, comm: Comm, parallel: Parallel) -> Grid:
+    """Collective."""
+    return arrange([str(host) for host in comm.all_gather(environment.host)], model=parallel.model)
+
+
+def form_groups(grid: Grid, rank: int, sets: Iterable[Any]) -> Groups:
+    """A rank's groups with the process sets that Horovod has made of `grid.sets()`."""
+    import horovod.torch as hvd
+
+    known: dict[Ranks, Any] = {tuple(one.ranks): one for one in sets}
+    return groups_of(grid, rank, {**known, tuple(range(len(grid.hosts))): hvd.global_process_set})
 
 
 def check_views(views: dict[str, tuple[int, int]], launcher: str) -> None:

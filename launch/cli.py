@@ -88,7 +88,7 @@ def run(
     min_ranks: MinRanks = None,
 ) -> int:
     """Start a run, or go on with it, and stay until it ends. Ctrl-C saves and stops."""
-    from harness.batch import plan_batch
+    from harness.batch import plan_of
     from harness.errors import Exit
     from harness.resolve import resolve
     from harness.rundir import RunDir, make_root, open_run
@@ -107,7 +107,7 @@ def run(
         _tell(why)
         return 0
     plan = make_plan(settings, [os.path.abspath(settings.directory)])
-    plan_batch(global_batch=settings.train.global_batch, ranks=plan.job.ranks, micro_batch=settings.train.micro_batch)
+    plan_of(settings, plan.job.ranks)
     plan = plan.with_env(time_limit(settings.stop))
     with alone(run_dir := make_root(settings)):
         open_run(settings)  # inside, so that a second start does not change the config of the first

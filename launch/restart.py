@@ -17,7 +17,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from harness.batch import plan_batch
+from harness.batch import plan_of
 from harness.errors import ConfigError
 from harness.units import show_duration
 from launch.command import build
@@ -119,7 +119,7 @@ def without(plan: Plan, host: str, config: Config) -> Plan | None:
     least = config.restart.min_ranks or plan.job.ranks
     for ranks in range(min(plan.job.ranks, allocation.slots), least - 1, -1):
         try:
-            plan_batch(global_batch=config.train.global_batch, ranks=ranks, micro_batch=config.train.micro_batch)
+            plan_of(config, ranks)
         except ConfigError:
             continue
         job = replace(plan.job, hosts=place(allocation, ranks).hosts)

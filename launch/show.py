@@ -17,8 +17,9 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from harness.batch import plan_batch
+from harness.batch import plan_of
 from harness.errors import Exit, HarnessError, Unavailable
+from harness.parallel.groups import arrange
 from harness.resolve import freeze
 from launch import hosts
 from launch.plan import Plan, default_ranks, make_plan
@@ -48,6 +49,9 @@ def show(resolved: Resolved, direct: Sequence[str], arguments: Sequence[str]) ->
     ranks = plan.job.ranks if plan is not None else config.launch.ranks or default_ranks(hosts.find(None, None, {}))
     _head(console, "batch")
     console.print(arithmetic(config, ranks))
+    if config.parallel.model > 1:
+        _head(console, "ranks")
+        console.print(who_does_what(config, [name for name, slots in _placed(plan, ranks) for _ in range(slots)]))
     _head(console, "launch")
     if plan is None:
         console.print(f"cannot start here: {problem}", markup=False)
@@ -75,7 +79,7 @@ def annotate(text: str, origins: Mapping[str, str]) -> Iterator[Text]:
 
 def arithmetic(config: Config, ranks: int) -> str:
     """'global batch 512 = 4 ranks x 8 accumulation x 16 samples; lr 0.1 x 512/256 = 0.2'. Raises ConfigError."""
-    plan = plan_batch(global_batch=config.train.global_batch, ranks=ranks, micro_batch=config.train.micro_batch)
+    plan = plan_of(config, ranks)
     optim, ratio = config.optim, config.train.global_batch / config.optim.base_batch
     text = f"{plan}; lr {optim.lr:g}"
     if optim.lr_scaling == "linear":
@@ -83,6 +87,25 @@ def arithmetic(config: Config, ranks: int) -> str:
     if optim.lr_scaling == "sqrt":
         return f"{text} x sqrt({config.train.global_batch}/{optim.base_batch}) = {optim.lr * ratio**0.5:g}"
     return text
+
+
+def who_does_what(config: Config, hosts: Sequence[str], most: int = 32) -> Table:
+    """A row for each replica: where it is, and the ranks that are the parts of its model. `hosts`: of every rank."""
+    grid = arrange(hosts, model=config.parallel.model)
+    table = Table(box=None, pad_edge=False, header_style="")
+    table.add_column("replica", justify="right")
+    table.add_column("host")
+    table.add_column("ranks, by part of the model")
+    for number, (parts,) in list(enumerate(grid.cells))[:most]:
+        on = list(dict.fromkeys(hosts[rank] for rank in parts))
+        table.add_row(str(number), " ".join(on), " ".join(map(str, parts)))
+    if len(grid.cells) > most:
+        table.add_row("...", "", f"{len(grid.cells) - most} more replicas")
+    return table
+
+
+def _placed(plan: Plan | None, ranks: int) -> list[tuple[str, int]]:
+    return [("localhost", ranks)] if plan is None else [(host.name, host.slots) for host in plan.job.hosts]
 
 
 def findings(found: Sequence[Finding], *, as_json: bool) -> int:

@@ -22,7 +22,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from harness.batch import plan_batch
+from harness.batch import plan_of
 from harness.errors import ConfigError, Unavailable, UsageError
 from harness.rundir import RunDir, open_run, storage_errors, write_atomic, write_json
 from harness.units import duration
@@ -156,7 +156,7 @@ def _check(config: Config) -> None:
     slurm = config.slurm
     options(config, os.getcwd())
     ranks = config.launch.ranks or slurm.nodes * (slurm.ranks_per_node or slurm.gpus_per_node or 1)
-    plan_batch(global_batch=config.train.global_batch, ranks=ranks, micro_batch=config.train.micro_batch)
+    plan_of(config, ranks)
     if slurm.time <= config.stop.margin:
         raise ConfigError(
             f"slurm.time ({slurm.time:g} s) is not longer than stop.margin ({config.stop.margin:g} s):"

@@ -13,7 +13,7 @@ from harness.errors import ConfigError, Exit
 
 def test_the_example_of_the_documentation():
     plan = plan_batch(global_batch=512, ranks=4, micro_batch=16)
-    assert plan == BatchPlan(global_batch=512, ranks=4, passes=8, micro_batch=16)
+    assert plan == BatchPlan(global_batch=512, replicas=4, passes=8, micro_batch=16)
     assert str(plan) == "global batch 512 = 4 ranks x 8 accumulation x 16 samples"
     assert (
         str(plan_batch(global_batch=1, ranks=1, micro_batch=None))
@@ -32,8 +32,8 @@ def test_a_micro_batch_larger_than_the_share_is_the_share():
 @given(ranks=st.integers(1, 500), passes=st.integers(1, 50), micro=st.integers(1, 500))
 def test_what_divides_is_planned_exactly(ranks, passes, micro):
     plan = plan_batch(global_batch=ranks * passes * micro, ranks=ranks, micro_batch=micro)
-    assert (plan.ranks, plan.passes, plan.micro_batch) == (ranks, passes, micro)
-    assert plan.per_rank == passes * micro
+    assert (plan.replicas, plan.passes, plan.micro_batch) == (ranks, passes, micro)
+    assert plan.per_replica == passes * micro
 
 
 def proposals(hint: str) -> list[tuple[str, int]]:
@@ -55,10 +55,10 @@ def test_either_it_fits_or_every_proposal_does(global_batch, ranks, micro):
         assert ("global_batch" in dict(proposed)) and error.code == Exit.CONFIG
         for name, number in proposed:
             changed = plan_batch(**{**given_values, name: number})
-            assert changed.ranks * changed.passes * changed.micro_batch == changed.global_batch
+            assert changed.replicas * changed.passes * changed.micro_batch == changed.global_batch
     else:
-        assert plan.ranks * plan.passes * plan.micro_batch == plan.global_batch == global_batch
-        assert plan.ranks == ranks
+        assert plan.replicas * plan.passes * plan.micro_batch == plan.global_batch == global_batch
+        assert plan.replicas == ranks
         assert micro is None or plan.micro_batch <= micro
 
 

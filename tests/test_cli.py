@@ -115,6 +115,18 @@ def test_show_tells_everything_and_starts_nothing(config: str, capsys) -> None:
     assert len(columns) == 1, "the origins are aligned"
 
 
+def test_show_draws_which_rank_does_what(config: str, capsys) -> None:
+    arguments = ("parallel.model=2", "-H", "a:3,b:3,c:2", "--launcher", "mpirun")
+    code, out, _ = _ask(capsys, "show", config, *arguments)
+    assert code == 0
+    assert "global batch 512 = 4 replicas of 2 ranks x 8 accumulation x 16 samples" in out
+    drawn = [line.split() for line in out.partition("# ranks\n")[2].partition("\n\n")[0].splitlines()]
+    assert drawn[1:] == [["0", "a", "0", "1"], ["1", "a", "b", "2", "5"], ["2", "b", "3", "4"], ["3", "c", "6", "7"]]
+    code, _, err = _ask(capsys, "show", config, *arguments[:1], "-n", "3", "--launcher", "mpirun")
+    assert code == 78
+    assert "3 ranks cannot be cut into replicas of 2 ranks" in err and "start 2 or 4 ranks" in err
+
+
 def test_the_config_that_is_shown_is_a_config(config: str, capsys) -> None:
     _, out, _ = _ask(capsys, "show", config)
     Path("again.yaml").write_text(out.partition("# config\n")[2].partition("\n# batch\n")[0])

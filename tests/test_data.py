@@ -93,7 +93,7 @@ def load(
     plan = plan or plan_batch(global_batch=8, ranks=1, micro_batch=4)
     order = Order(len(dataset), seed=3)
     return train_batches(
-        dataset, order, plan, rank=rank, start_step=start, stop_step=stop, seed=3, workers=workers, prefetch=2
+        dataset, order, plan, replica=rank, start_step=start, stop_step=stop, seed=3, workers=workers, prefetch=2
     )
 
 
@@ -208,7 +208,7 @@ def test_workers_end_with_the_iterator(how: str) -> None:
 @given(samples=st.integers(1, 40), size=st.integers(1, 6), batch=st.integers(1, 9))
 def test_evaluation_takes_each_sample_once(samples: int, size: int, batch: int) -> None:
     dataset = TensorDataset(torch.arange(samples))
-    parts = [list(EvalBatches(dataset, rank=rank, size=size, batch=batch)) for rank in range(size)]
+    parts = [list(EvalBatches(dataset, replica=rank, replicas=size, batch=batch)) for rank in range(size)]
     ids = [number for part in parts for found in part for number in found.ids.tolist()]
     assert ids == list(range(samples)) == [n for part in parts for found in part for n in found.data[0].tolist()]
     assert all(found.samples <= batch for part in parts for found in part)
@@ -217,8 +217,8 @@ def test_evaluation_takes_each_sample_once(samples: int, size: int, batch: int) 
 
 
 def test_evaluation_draws_the_same_each_time() -> None:
-    first = contents(EvalBatches(Noisy(), rank=0, size=1, batch=5))
-    assert contents(EvalBatches(Noisy(), rank=0, size=1, batch=5, workers=2)) == first
+    first = contents(EvalBatches(Noisy(), replica=0, replicas=1, batch=5))
+    assert contents(EvalBatches(Noisy(), replica=0, replicas=1, batch=5, workers=2)) == first
 
 
 class Endless(IterableDataset[int]):

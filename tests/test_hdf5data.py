@@ -136,7 +136,7 @@ def test_loader_processes_read_the_same(files: Path) -> None:
     read = [
         [
             (batch.ids.tolist(), batch.data[1].tolist(), batch.data[0].sum().item())
-            for batch in train_batches(data, order, plan, rank=0, start_step=0, stop_step=5, seed=0, workers=workers)
+            for batch in train_batches(data, order, plan, replica=0, start_step=0, stop_step=5, seed=0, workers=workers)
         ]
         for workers in (0, 2)
     ]

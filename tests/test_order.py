@@ -59,7 +59,7 @@ def test_no_sample_is_lost_or_repeated_over_ranks_and_passes(order: Order, data:
     read = [
         list(
             train_batches(
-                Numbers(order.samples), order, plan, rank=rank, start_step=start, stop_step=stop, seed=order.seed
+                Numbers(order.samples), order, plan, replica=rank, start_step=start, stop_step=stop, seed=order.seed
             )
         )
         for rank in range(ranks)

@@ -76,7 +76,7 @@ def test_resnet_reads_hdf5(order: str, tmp_path: Path) -> None:
     train_data, held_out = task.data("train"), task.data("eval")
     assert (len(train_data), len(held_out)) == (38, 2)
     plan = plan_batch(global_batch=4, ranks=1, micro_batch=None)
-    stream = train_batches(train_data, Order(38, seed=0), plan, rank=0, start_step=0, stop_step=9, seed=0, workers=1)
+    stream = train_batches(train_data, Order(38, seed=0), plan, replica=0, start_step=0, stop_step=9, seed=0, workers=1)
     for batch in stream:
         pictures, labels = batch.data
         assert pictures.shape == (4, 3, 8, 8)

@@ -35,7 +35,7 @@ def train(task: Task, settings: Config, *, ranks: int = 1, steps: int | None = N
     model = task.model()
     optimizer = make_optimizer(task.parameters(model), settings.optim, lr=settings.optim.lr)
     streams = [
-        train_batches(data, order, plan, rank=rank, start_step=0, stop_step=total, seed=settings.seed)
+        train_batches(data, order, plan, replica=rank, start_step=0, stop_step=total, seed=settings.seed)
         for rank in range(ranks)
     ]
     losses = []
@@ -61,7 +61,7 @@ def evaluate(task: Task, model: Any, *, ranks: int = 1, batch: int = 256) -> dic
     sums: dict[str, float] = {}
     count = 0
     for rank in range(ranks):
-        for part in EvalBatches(task.data("eval"), rank=rank, size=ranks, batch=batch):
+        for part in EvalBatches(task.data("eval"), replica=rank, replicas=ranks, batch=batch):
             for name, mean in task.evaluate(model, part.data).items():
                 sums[name] = sums.get(name, 0.0) + mean.item() * part.samples
             count += part.samples
