@@ -25,6 +25,7 @@ from harness.watchdog import Watchdog
 
 if TYPE_CHECKING:
     from harness.config import Config
+    from harness.elastic import Elastic
     from harness.world import World
 
 
@@ -53,7 +54,7 @@ def main() -> None:
     except Stopped:
         rank.finish(Exit.STOPPED)
     except BaseException as error:
-        record(error, environment, rank.clock, rank.attempt)
+        record(error, rank.environment, rank.clock, rank.attempt)
         leave(code_of(error))
 
 
@@ -75,6 +76,7 @@ class Rank:
         self.clock = Clock()
         self.attempt: Attempt | None = None
         self.world: World | None = None
+        self.watchdog: Watchdog | None = None
 
     def run(self) -> None:
         """Train. Raises what goes wrong, on this rank."""
@@ -93,24 +95,32 @@ class Rank:
             from harness.data import start_forkserver
 
             start_forkserver()
+        if self.environment.elastic:
+            from harness.elastic import survive
+
+            survive(self.train)
+        else:
+            self.train()
+
+    def train(self, elastic: Elastic | None = None) -> None:
+        """Join the other ranks, build the job and train; in an elastic run again after each change of the ranks."""
         from harness.world import bring_up
 
+        self.environment = identify()
+        self.clock.section = "start"
         exact = self.config.train.deterministic
         settings = self.config
         self.world = world = bring_up(
             self.environment, settings.horovod, self.run_dir.root, exact=exact, parallel=settings.parallel
         )
         self._check_same_config()
-        if self.attempt is None:
-            # a failure on rank 0 ends the job, and with it those who wait here
-            number = self._new_attempt() if world.is_root else None
-            self._use(self.run_dir.attempt(int(str(world.comm.broadcast(number)))))
+        self._agree_on_attempt(world)
         assert self.attempt is not None
 
         from harness.job import build
         from harness.loop import train
 
-        job = build(self.config, self.run_dir, self.attempt.number, world, self.clock)
+        job = build(self.config, self.run_dir, self.attempt.number, world, self.clock, elastic)
         job.stop.install()
         try:
             train(job)
@@ -120,6 +130,9 @@ class Rank:
             job.close()  # loader processes must not outlive the run; all ranks are here
             raise
         except BaseException as error:
+            if elastic is not None and elastic.survives(error):
+                job.abandon()
+                raise
             with suppress(HarnessError, OSError):  # a full disk must not hide the cause
                 job.sinks.record("state", job.progress.step, state="failed", summary=f"{type(error).__name__}: {error}")
             raise
@@ -152,10 +165,26 @@ class Rank:
             run.stop.unlink(missing_ok=True)  # asked of an earlier start
         return run.new_attempt().number
 
+    def _agree_on_attempt(self, world: World) -> None:
+        """All ranks take the number that one of them has, or a new one. Collective."""
+        own = None if self.attempt is None else self.attempt.number
+        number = next((known for known in world.comm.all_gather(own) if known is not None), None)
+        if number is None:
+            # a failure on rank 0 ends the job, and with it those who wait here
+            number = world.comm.broadcast(self._new_attempt() if world.is_root else None)
+        if self.environment.elastic or self.attempt is None:
+            self._use(self.run_dir.attempt(int(str(number))))
+            if world.is_root and self.attempt is not None:
+                self.attempt.forget(world.size)
+
     def _use(self, attempt: Attempt) -> None:
         self.attempt = attempt
         log = redirect(attempt.log(self.environment.rank), console=self.environment.rank == 0)
-        Watchdog(self.clock, attempt, self.environment, self.config.watchdog, log).start()
+        if self.watchdog is not None:
+            self.watchdog.move(self.environment, log)
+            return
+        self.watchdog = Watchdog(self.clock, attempt, self.environment, self.config.watchdog, log)
+        self.watchdog.start()
 
     def _check_same_config(self) -> None:
         """Ranks that train different configs would hang or mix their gradients. Collective."""

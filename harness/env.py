@@ -75,6 +75,8 @@ class Environment:
     host: str
     job: str | None
     attempt: int | None
+    elastic: bool = False
+    """Started by `horovodrun` in its elastic mode: ranks may come and go."""
 
     @property
     def gloo(self) -> bool:
@@ -119,6 +121,7 @@ def _environment(
         host=environ.get("HOROVOD_HOSTNAME") or socket.gethostname(),
         job=environ.get("SLURM_JOB_ID") or environ.get("PBS_JOBID") or environ.get("LSB_JOBID"),
         attempt=_number(environ, ("HARNESS_ATTEMPT",)),
+        elastic=launcher == "horovodrun-gloo" and environ.get("HOROVOD_ELASTIC") == "1",
     )
 
 

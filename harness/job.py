@@ -10,7 +10,7 @@ import os
 import random
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -34,6 +34,9 @@ from harness.stop import SaveRequest, StopRequest, deadline
 from harness.task import Task, make_task
 from harness.update import Update
 from harness.world import World
+
+if TYPE_CHECKING:
+    from harness.elastic import Elastic
 
 
 @dataclass
@@ -70,6 +73,7 @@ class Job:
     update: Update
     ema: Ema | None
     manager: Manager
+    elastic: Elastic | None
     progress: Progress = field(default_factory=Progress)
     evaluated: dict[str, float] = field(default_factory=dict)
     """What the last evaluation found (`progress.evaluated` is its step)."""
@@ -95,6 +99,12 @@ class Job:
             self.eval_batches.close()
         self.manager.close()
 
+    def abandon(self) -> None:
+        """The same where other ranks are gone. Local."""
+        if self.eval_batches is not None:
+            self.eval_batches.close()
+        self.manager.abandon()
+
     def extra(self) -> dict[str, Any]:
         """The part of the state that is plain values."""
         return vars(self.progress) | {"scaler": self.update.scaler.state_dict() if self.update.scaler else None}
@@ -108,7 +118,7 @@ def total_steps(config: Config, samples: int) -> int:
     return max(1, math.ceil(config.train.epochs * samples / config.train.global_batch))
 
 
-def build(config: Config, run: RunDir, attempt: int, world: World, clock: Clock) -> Job:
+def build(config: Config, run: RunDir, attempt: int, world: World, clock: Clock, elastic: Elastic | None = None) -> Job:
     """Collective (initial parameters and buffers come from rank 0). Raises ConfigError and what the task raises."""
     if config.train.deterministic:  # read when cuBLAS starts; without it torch refuses matrix products on a GPU
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
@@ -191,6 +201,7 @@ def build(config: Config, run: RunDir, attempt: int, world: World, clock: Clock)
             log=sinks.say,
             saved=lambda outcome: _saved(sinks, stop, outcome),
         ),
+        elastic=elastic,
     )
 
 

@@ -15,6 +15,9 @@ from typing import TextIO
 
 from harness.rundir import storage_errors
 
+_console: tuple[int, int, TextIO, TextIO] | None = None
+"""Where the output went before it was first redirected."""
+
 
 class Tee:
     """A text stream that writes to the console and to a file; what the file has no room for is on the console still."""
@@ -47,18 +50,25 @@ class Tee:
 def redirect(path: Path, *, console: bool) -> TextIO:
     """Send this process's output to `path` (appended), and with `console` also to where it went before.
 
-    Fatal signals write their stacks to the file, which is returned.
+    Fatal signals write their stacks to the file, which is returned. May be called again: a rank may get another number.
     """
+    global _console
     with storage_errors(path):
         path.parent.mkdir(parents=True, exist_ok=True)
         file = open(path, "a", encoding="utf-8", buffering=1, errors="backslashreplace")  # noqa: SIM115 - lives on
     faulthandler.enable(file)
+    sys.stdout.flush()
+    sys.stderr.flush()
+    if _console is None:
+        _console = os.dup(1), os.dup(2), sys.stdout, sys.stderr
+    else:
+        os.dup2(_console[0], 1)
+        os.dup2(_console[1], 2)
+        sys.stdout, sys.stderr = _console[2:]
     if console:
         sys.stdout = Tee(sys.stdout, file)
         sys.stderr = Tee(sys.stderr, file)
         return file
-    sys.stdout.flush()
-    sys.stderr.flush()
     os.dup2(file.fileno(), 1)
     os.dup2(file.fileno(), 2)
     return file

@@ -4,7 +4,8 @@ restore the newest checkpoint
 for each step:
     for each micro batch:  data -> forward/backward
     communication -> update
-    every log.every steps:        one small collective: loss, times, "was anyone asked to stop?"
+    every log.every steps:        one small collective: loss, times, "was anyone asked to stop?"; an elastic run
+                                  remembers its state, and leaves when other ranks are announced
     every eval.every steps:       evaluate on all ranks; stop early?
     every checkpoint.every steps (or checkpoint.interval, or when asked): save, behind training
     asked to stop:                save, leave with exit code 75
@@ -21,7 +22,7 @@ from contextlib import closing, nullcontext
 
 import torch
 
-from harness.checkpoint import latest
+from harness.checkpoint import State, latest
 from harness.checkpoint.store import roll_back
 from harness.data import Batch, to_device, train_batches
 from harness.errors import ConfigError, Stopped, StorageError
@@ -81,8 +82,15 @@ def train(job: Job) -> None:
                 skipped = 0
             last = done == job.steps
             stop = wished = False
-            if due(done, job.config.log.every) or last:
-                interval = meter.exchange(job.world, job.clock, stop=job.stop.wanted(), save=job.request.wanted())
+            met = due(done, job.config.log.every) or last
+            if met:
+                interval = meter.exchange(
+                    job.world,
+                    job.clock,
+                    stop=job.stop.wanted(),
+                    save=job.request.wanted(),
+                    announced=job.elastic is not None and job.elastic.announced,
+                )
                 stop, wished = interval.stop and not last, interval.save
                 job.manager.poll()
                 tell(job, interval, done, result, lr_factor, first, started)
@@ -94,6 +102,11 @@ def train(job: Job) -> None:
                 save(job, done, wait=True)
                 why = job.stop.reason or "a signal to another rank"
                 raise Stopped(f"stopped at step {done} of {job.steps} ({why}), state saved")
+            if met and job.elastic is not None:
+                with job.clock("checkpoint"):
+                    job.elastic.remember(job.state(job.extra()), done)
+                if interval.announced and not last:
+                    job.elastic.change(done)
     save(job, job.progress.step, wait=True)  # before anything of the task that may fail
     finish(job, started)
 
@@ -149,6 +162,26 @@ def batches_of(job: Job, first: int) -> closing[Generator[Batch, None, None]]:
 def restore(job: Job) -> int:
     """The step to go on from: 0 on a fresh start. Collective."""
     job.clock.section = "restore"
+    extra = job.extra()
+    state = job.state(extra)
+    found = job.elastic.recall(state, job.world) if job.elastic is not None else None
+    told = None if found is None else f"step {found[0]} in the memory of rank {found[1]}"
+    if found is None and (step := from_disk(job, state)) is not None:
+        found, told = (step, 0), f"the checkpoint at step {step}"
+    if found is not None:
+        for name in vars(job.progress).keys() & extra.keys():
+            setattr(job.progress, name, extra[name])
+        if job.update.scaler is not None and extra["scaler"] is not None:
+            job.update.scaler.load_state_dict(extra["scaler"])
+        job.sinks.say(f"resumed from {told}")
+    first = 0 if found is None else found[0]
+    job.clock.section = "start"
+    job.sinks.record("state", first, state="running")
+    return first
+
+
+def from_disk(job: Job, state: State) -> int | None:
+    """Restore the newest checkpoint and return its step, None where there is none. Collective."""
     if job.world.is_root and (name := os.environ.get(ROLL_BACK)):
         roll_back(job.run.checkpoints, job.run.checkpoints / name)  # two starts have failed from a newer one
     found = job.world.is_root and not job.config.checkpoint.resume and latest(job.run.checkpoints) is not None
@@ -157,17 +190,7 @@ def restore(job: Job) -> int:
             f"{job.run.root} already holds checkpoints, and checkpoint.resume is false",
             hint="choose another run_dir, or let it resume",
         )
-    extra = job.extra()
-    step = job.manager.restore(job.state(extra))
-    if step is not None:
-        for name in vars(job.progress).keys() & extra.keys():
-            setattr(job.progress, name, extra[name])
-        if job.update.scaler is not None and extra["scaler"] is not None:
-            job.update.scaler.load_state_dict(extra["scaler"])
-        job.sinks.say(f"resumed from the checkpoint at step {step}")
-    job.clock.section = "start"
-    job.sinks.record("state", step or 0, state="running")
-    return step or 0
+    return job.manager.restore(state)
 
 
 def try_to_save(job: Job, done: int) -> None:

@@ -34,6 +34,8 @@ class Interval:
     """Some rank was asked to stop."""
     save: bool
     """Some rank was asked for a checkpoint."""
+    announced: bool
+    """Some rank was told that other ranks will take part."""
 
 
 class Meter:
@@ -49,12 +51,12 @@ class Meter:
         self.loss = loss.double() if self.loss is None else self.loss + loss
         self.steps += 1
 
-    def exchange(self, world: World, clock: Clock, *, stop: bool, save: bool) -> Interval:
-        """Combine all ranks' sums and begin anew. Collective: one allgather of 10 numbers per rank."""
+    def exchange(self, world: World, clock: Clock, *, stop: bool, save: bool, announced: bool = False) -> Interval:
+        """Combine all ranks' sums and begin anew. Collective: one allgather of 11 numbers per rank."""
         loss = float("nan") if self.loss is None else float(self.loss)
         taken = clock.take()
         steps = max(self.steps, 1)
-        mine = [stop, save, loss, self.steps, *(taken.get(name, 0.0) for name in SECTIONS)]
+        mine = [stop, save, announced, loss, self.steps, *(taken.get(name, 0.0) for name in SECTIONS)]
         with clock("metrics"):
             table = world.exchange(mine, "log/interval")
         seconds = time.perf_counter() - self.begin
@@ -63,16 +65,20 @@ class Meter:
 
 
 def summarize(table: np.ndarray, seconds: float, steps: int) -> Interval:
-    """The view of all ranks. Pure. `table`: float64 [ranks, 4 + sections]: stop, save, losses, steps, seconds."""
-    times = table[:, 4:]
+    """The view of all ranks. Pure.
+
+    `table`: float64 [ranks, 5 + sections]: stop, save, announced, losses, steps, seconds in each section.
+    """
+    times = table[:, 5:]
     own = times[:, [SECTIONS.index(name) for name in OWN_WORK]].sum(axis=1)
     mean = float(own.mean())
     return Interval(
-        loss=float(table[:, 2].mean() / steps),
+        loss=float(table[:, 3].mean() / steps),
         seconds=seconds,
         sections={name: float(column.mean()) / steps for name, column in zip(SECTIONS, times.T, strict=True)},
         slowest=int(own.argmax()),
         slowdown=float(own.max()) / mean if mean > 0 else 1.0,
         stop=bool(table[:, 0].any()),
         save=bool(table[:, 1].any()),
+        announced=bool(table[:, 2].any()),
     )

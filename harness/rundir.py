@@ -23,6 +23,7 @@ import errno
 import json
 import os
 import tempfile
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -71,6 +72,14 @@ class Attempt:
         """The last readable heartbeat of each rank."""
         found = [parse(_read_object(path)) for path in (self.root / "heartbeats").glob("rank-*.json")]
         return {one.rank: one for one in sorted(filter(None, found), key=lambda one: one.rank)}
+
+    def forget(self, size: int) -> None:
+        """A new world of so many ranks begins: what other ones have left no longer tells how this attempt ends."""
+        for path in (self.root / "heartbeats").glob("rank-*.json"):
+            if int(path.stem.removeprefix("rank-")) >= size:
+                path.unlink(missing_ok=True)
+        for path in (self.root / "errors").glob("rank-*.json"):
+            os.replace(path, path.with_name(f"survived-{time.time_ns()}-{path.name}"))
 
     @property
     def stacks(self) -> Path:

@@ -75,6 +75,13 @@ class Watchdog:
         self._beat()
         self._thread.start()
 
+    def move(self, environment: Environment, log: TextIO) -> None:
+        """From now on this rank has another number, or another log."""
+        self.environment, self.log = environment, log
+        self._file = self.attempt.heartbeat(environment.rank)
+        self._every = interval(environment.size, self.settings)
+        faulthandler.register(STACKS, file=log, all_threads=True, chain=False)
+
     def _run(self) -> None:
         while True:
             time.sleep(self._every)

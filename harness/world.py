@@ -30,6 +30,8 @@ if TYPE_CHECKING:
     import torch
 
 THREAD_MULTIPLE = "MPI_THREAD_MULTIPLE"
+JOINING = "300"
+"""Seconds that ranks of an elastic run wait for one that was started a moment ago, and imports torch."""
 
 
 @dataclass(frozen=True)
@@ -74,9 +76,9 @@ class World:
         return table.numpy()
 
     def broadcast_tensors(
-        self, tensors: Iterable[tuple[str, torch.Tensor]], name: str, group: Group | None = None
+        self, tensors: Iterable[tuple[str, torch.Tensor]], name: str, group: Group | None = None, *, root: int = 0
     ) -> None:
-        """The values of the first rank (of a group) to all (of it), in place, any dtype and layout. Collective there.
+        """The values of `root` to all, or of a group's first rank to it; in place, any dtype and layout. Collective.
 
         Bytes travel, not numbers, because Horovod knows no bool, bf16 or complex and only contiguous tensors.
         """
@@ -85,7 +87,7 @@ class World:
         import horovod.torch as hvd
         import torch
 
-        root, chosen = (0, hvd.global_process_set) if group is None else (group.root, group.process_set)
+        root, chosen = (root, hvd.global_process_set) if group is None else (group.root, group.process_set)
         with torch.no_grad():
             waiting = []
             for key, tensor in tensors:
@@ -126,7 +128,10 @@ def bring_up(
     """Join the other ranks. Collective. `exact`: the same sums in every run. `parallel`: who works with whom.
 
     Raises Unavailable, the same on all ranks, when they do not form one world."""
-    os.environ.update(horovod_environment(settings, directory, exact=exact and environment.size > 2))
+    exact = exact and (environment.size > 2 or environment.elastic)
+    os.environ.update(horovod_environment(settings, directory, exact=exact))
+    if environment.elastic:
+        os.environ.setdefault("HOROVOD_GLOO_TIMEOUT_SECONDS", JOINING)
     if settings.timeline or settings.autotune:  # Horovod opens its files now, before the run directory is made
         with storage_errors(directory):
             directory.mkdir(parents=True, exist_ok=True)

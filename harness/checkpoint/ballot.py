@@ -63,6 +63,10 @@ class Ballot(Protocol):
         """The other ranks: the verdict of this number. Raises NoAnswer."""
         ...
 
+    def give_up(self) -> None:
+        """Nobody will come any more: whoever waits here now or later does as if the deadline had passed. Local."""
+        ...
+
     def close(self) -> None:
         """Give back what is held. Local."""
         ...
@@ -102,6 +106,9 @@ class _Alone:
     def hear(self, number: int, timeout: float) -> Json:
         raise InternalError("rank 0 has nobody to listen to")
 
+    def give_up(self) -> None:
+        pass
+
     def close(self) -> None:
         pass
 
@@ -121,6 +128,9 @@ class _Nowhere:
     def hear(self, number: int, timeout: float) -> Json:
         raise self._why
 
+    def give_up(self) -> None:
+        pass
+
     def close(self) -> None:
         pass
 
@@ -135,12 +145,16 @@ class _Between:
     rank: int
     size: int
     _nonce = 0
+    _given_up = False
+
+    def give_up(self) -> None:
+        self._given_up = True
 
     def hold(self, number: int, message: Json, decide: Decide, timeout: float) -> Json:
         if self.rank != 0:
             return self._ask(number, message, PATIENCE * timeout)
         deadline, wait = time.monotonic() + timeout, _Pause()
-        while len(open_ := self._open(number)) < self.size - 1 and time.monotonic() < deadline:
+        while len(open_ := self._open(number)) < self.size - 1 and self._may_wait(deadline):
             wait()
         said = {0: message, **{rank: content for rank, (_, content) in open_.items()}}
         verdict = decide(said, [rank for rank in range(self.size) if rank not in said])
@@ -167,12 +181,15 @@ class _Between:
     def _wait(self, number: int, nonce: int | None, timeout: float) -> tuple[bool, Json]:
         """(whether it answers this rank's message, verdict)."""
         deadline, wait = time.monotonic() + timeout, _Pause()
-        while time.monotonic() < deadline:
+        while self._may_wait(deadline):
             for vote, answered, verdict in self._verdicts():
                 if (answered == nonce and nonce is not None) or (answered is None and vote >= number):
                     return answered is not None, verdict
             wait()
         raise NoAnswer(timeout)
+
+    def _may_wait(self, deadline: float) -> bool:
+        return not self._given_up and time.monotonic() < deadline
 
     def _send(self, number: int, nonce: int, content: list[Json]) -> None:
         """To rank 0: [message], or [] to withdraw it."""

@@ -114,6 +114,11 @@ class Horovod:
 
     _instances = itertools.count()
 
+    @classmethod
+    def begin_anew(cls) -> None:
+        """After `hvd.shutdown`: give names from the first on, as ranks do that join now."""
+        cls._instances = itertools.count()
+
     def __init__(self) -> None:
         import horovod.torch as hvd
         import torch

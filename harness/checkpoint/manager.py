@@ -9,10 +9,10 @@
             break                                    # asked to stop; the state is saved
     manager.close()
 
-The constructor and all methods but `fence` are collective: all ranks call them in the same order. What fails on one
-rank is told to all of them. A save that fails leaves the earlier checkpoints as they were, and training goes on: it is
-told in a warning, and raised by `close` where no later one succeeded. One job at a time saves into a directory: the
-first save of a second one raises InUse. A job that went back to an older step sets aside what is newer.
+The constructor and all methods but `fence` and `abandon` are collective: all ranks call them in the same order. What
+fails on one rank is told to all of them. A save that fails leaves the earlier checkpoints as they were, and training
+goes on: it is told in a warning, and raised by `close` where no later one succeeded. One job at a time saves into a
+directory: the first save of a second one raises InUse. A job that went back to an older step sets aside what is newer.
 """
 
 from __future__ import annotations
@@ -213,6 +213,15 @@ class Manager:
             self._raise_failure()
         finally:
             self._give_back()
+
+    def abandon(self) -> None:
+        """End where other ranks are gone: a save that is under way is given up. Local."""
+        self._saver.give_up()
+        outcome = self._saver.outcome(wait=True)
+        if outcome is not None and outcome.failed is not None:
+            self._log(f"the checkpoint of step {outcome.step} was given up")
+        self._failure = None
+        self._give_back()
 
     def __enter__(self) -> Manager:
         return self

@@ -162,6 +162,11 @@ class Saver:
         commit.put_manifest(newest.path, render(manifest))
         self.good[newest.path] = manifest
 
+    def give_up(self) -> None:
+        """No other rank will come any more: a save that is under way ends without them. Local."""
+        for held in self._ballots:
+            held.give_up()
+
     def close(self) -> None:
         """Give everything back; a save that is under way ends before. Local."""
         self._thread.shutdown()

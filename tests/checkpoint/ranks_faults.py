@@ -262,6 +262,21 @@ class Checks:
                     self.same([path for path in self.steps("phases") if ".tmp-" in path or f"{step:08d}" in path], [])
                     self.saves_again(manager, step + 1)
 
+    def check_a_save_that_is_abandoned_in_its_last_phase(self) -> None:
+        """Where a rank is gone, the others need not wait for the deadline before they begin anew."""
+        with self.manager("abandoned", engine="direct") as manager:
+            with self.patched(Output, "write", _after(4.0, Output.write), self.last):
+                assert manager.save(1, State(arrays=arrays(1))) is not None
+                self.comm.barrier()
+                began = time.monotonic()
+                manager.abandon()
+                assert self.comm.rank == self.last or time.monotonic() - began < SLACK, "LONG was not waited for"
+            self.comm.barrier()
+            self.same(self.steps("abandoned"), [])
+            again = Manager(self.root / "abandoned", self.comm, log=self.lines.append)
+            self.saves_again(again, 2)
+            again.close()
+
     def check_an_error_in_a_writer_thread(self) -> None:
         """A rank's part is large enough for several threads; one of them fails."""
         images, staging.IMAGE = staging.IMAGE, 1 << 20

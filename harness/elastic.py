@@ -1,0 +1,130 @@
+"""Ranks that come and go while a run trains: Horovod's elastic mode, `horovodrun --gloo --min-np ... --max-np ...`.
+
+horovodrun drops a worker that dies, with its host, and starts new ones where its discovery script shows room. Whenever
+the ranks change, those that go on leave Horovod and join it again with the new ones, in the same process; then every
+rank builds its job for the new number of ranks, as at a start, and takes the state from the memory of the rank that
+remembers the latest step. Each rank remembers the state every `log.every` steps. Nothing is read from disk.
+
+    survive(train)           # train(elastic) is called again and again, until it returns
+
+horovodrun ends a worker that it does not want any more inside `hvd.init`, with SIGABRT. A world that nobody survives is
+started again from its newest checkpoint by `harness run`, like any other.
+"""
+
+from __future__ import annotations
+
+import faulthandler
+import gc
+import os
+import resource
+from collections.abc import Callable
+from contextlib import suppress
+from typing import NoReturn
+
+import horovod.torch as hvd
+import torch
+from horovod.common.elastic import notification_manager
+from horovod.common.exceptions import HorovodInternalError
+
+from harness.checkpoint.comm import Horovod
+from harness.checkpoint.memory import Memory, empty, outline, recall, remember
+from harness.checkpoint.state import State
+from harness.world import World
+
+IN_VAIN = 3
+"""Failures in a row, without a step that was remembered in between, after which a rank gives up."""
+
+
+class HostsChanged(Exception):
+    """The launcher has room for more ranks, or takes some away. The state is remembered."""
+
+
+RANKS_CHANGED = (HostsChanged, HorovodInternalError)
+"""What a rank survives: a change that was announced, and a collective that failed because another rank is gone."""
+
+
+class Elastic:
+    """What outlives a change of the ranks, in one process: the state in memory, and what the launcher announces."""
+
+    def __init__(self) -> None:
+        self.memory: Memory | None = None
+        self.announced = False
+        """On rank 0: the launcher has other hosts now."""
+
+    def on_hosts_updated(self, timestamp: int, result: int) -> None:
+        """Called by Horovod in a thread of its own, on the rank that was 0 when it last looked."""
+        self.announced = True
+
+    def survives(self, error: BaseException) -> bool:
+        return isinstance(error, RANKS_CHANGED)
+
+    def remember(self, state: State, step: int) -> None:
+        """Keep a copy of the state as it is now."""
+        self.memory = remember(state, step, self.memory)
+
+    def change(self, step: int) -> NoReturn:
+        """Leave this world for the next one, on all ranks after the same step."""
+        raise HostsChanged(f"other ranks take part from step {step} on")
+
+    def recall(self, state: State, world: World) -> tuple[int, int] | None:
+        """Bring the state to the latest step that any rank remembers: (step, rank); None where none does. Collective.
+
+        All ranks take that rank's, also those that remember the same step: what differs between ranks (the statistics
+        of batch normalization) is then the same, as after a restart.
+        """
+        steps = [int(str(told)) for told in world.comm.all_gather(-1 if self.memory is None else self.memory.step)]
+        latest = max(steps)
+        if latest < 0:
+            return None
+        rank = steps.index(latest)
+        mine = outline(self.memory) if self.memory is not None and world.rank == rank else None
+        text = str(world.comm.all_gather(mine)[rank])
+        if self.memory is None or world.rank != rank:
+            self.memory = empty(text)
+        tensors = ((name, torch.from_numpy(data)) for name, data in self.memory.leaves.items())
+        world.broadcast_tensors(tensors, "elastic", root=rank)
+        recall(state, self.memory)
+        return latest, rank
+
+
+def survive(train: Callable[[Elastic], None]) -> None:
+    """Call `train` until it returns. Raises what it raises, but for `RANKS_CHANGED`."""
+    elastic = Elastic()
+    notification_manager.init()
+    notification_manager.register_listener(elastic)
+    vain, remembered = 0, -1
+    while True:
+        try:
+            train(elastic)
+            return
+        except HostsChanged:
+            pass
+        except HorovodInternalError as error:
+            step = -1 if elastic.memory is None else elastic.memory.step
+            vain, remembered = (vain + 1 if step <= remembered else 1), step
+            if vain > IN_VAIN:
+                raise
+            print(f"another rank is gone: {str(error).splitlines()[0]}", flush=True)
+        # not in the handlers: the exception would keep the job that failed, with its model
+        gc.collect()
+        rejoin()
+        elastic.announced = False
+
+
+def rejoin() -> None:
+    """Leave Horovod, and join it with the ranks that go on and those that are new. Collective over all of them.
+
+    A worker that is not wanted any more ends here with SIGABRT, which is no crash: no stacks, no core file.
+    """
+    hvd.shutdown()
+    Horovod.begin_anew()
+    print("waiting for the launcher to say who goes on", flush=True)
+    cores = resource.getrlimit(resource.RLIMIT_CORE)
+    with suppress(ValueError, OSError):
+        resource.setrlimit(resource.RLIMIT_CORE, (0, cores[1]))
+    faulthandler.disable()  # until this rank writes its log again
+    hvd.init()
+    resource.setrlimit(resource.RLIMIT_CORE, cores)
+    # Horovod has changed these behind Python's back
+    for name in ("rank", "size", "local_rank", "local_size", "cross_rank", "cross_size"):
+        os.environ[f"HOROVOD_{name.upper()}"] = str(getattr(hvd, name)())
