@@ -108,11 +108,8 @@ class Rank:
 
         self.environment = identify()
         self.clock.section = "start"
-        exact = self.config.train.deterministic
         settings = self.config
-        self.world = world = bring_up(
-            self.environment, settings.horovod, self.run_dir.root, exact=exact, parallel=settings.parallel
-        )
+        self.world = world = bring_up(self.environment, settings.horovod, self.run_dir.root, parallel=settings.parallel)
         self._check_same_config()
         self._agree_on_attempt(world)
         assert self.attempt is not None

@@ -79,7 +79,7 @@ class Train(Section):
     ema: Annotated[float, Field(gt=0, lt=1)] | None = None
     """Decay of an exponential moving average of the parameters, used for evaluation; unset: none."""
     deterministic: bool = True
-    """The same run twice gives the same bits: deterministic kernels; on more than 2 ranks gradients are not packed."""
+    """The same run twice gives the same bits: deterministic kernels."""
 
     @model_validator(mode="after")
     def _one_length(self) -> Train:
@@ -163,14 +163,14 @@ class Horovod(Section):
     """How gradients of ranks are combined."""
     compression: Literal["none", "fp16"] = "none"
     """Gradients travel as fp16."""
-    predivide: PositiveFloat = 1.0
-    """Part of the averaging done before the sum: gradients are divided by this before and by ranks / this after."""
-    groups: Positive | None = None
-    """Reduce gradients in this many fixed groups; unset: Horovod fuses them as they come."""
+    predivide: PositiveFloat | None = None
+    """The average is divided by this before the sum and by ranks / this after; unset: all before, which costs least."""
+    bucket: Annotated[Size, Field(gt=0)] = 25 * 2**20
+    """Size of the buffers in which gradients travel; each leaves when it is full, while the backward pass goes on."""
     sparse_as_dense: bool = False
     """Turn sparse gradients into dense ones before they travel."""
     fusion: Size | None = None
-    """HOROVOD_FUSION_THRESHOLD: size of the buffers gradients are packed into, 0: none. See `train.deterministic`."""
+    """HOROVOD_FUSION_THRESHOLD: what is ready is packed into buffers of this size; 0, if unset: not, buckets are."""
     cycle_time: Duration | None = None
     """HOROVOD_CYCLE_TIME: how often Horovod looks for gradients that all ranks have ready (1ms)."""
     cache_capacity: Count | None = None
@@ -368,7 +368,7 @@ class Config(Section):
 
     @model_validator(mode="after")
     def _fits(self) -> Config:
-        if self.horovod.op != "average" and self.horovod.predivide != 1.0:
+        if self.horovod.op != "average" and self.horovod.predivide is not None:
             raise ValueError("horovod.predivide goes with horovod.op=average only")
         if self.horovod.op == "adasum":
             # Adasum combines steps that ranks have already taken

@@ -1,12 +1,11 @@
-"""One optimizer step over all ranks: THE place that knows Horovod's order of calls.
+"""One optimizer step over all ranks: the order of what belongs to it.
 
     update.begin(factor)                                              learning rates of this step
     for each of `passes` micro batches:   update.backward(loss)      gradients travel while the last backward runs
     update.synchronize()                                              wait for them: averaged or summed
     update.step()                                                     unscale -> finite? -> clip -> step -> zero
 
-Any other order is silently wrong with Horovod: clipping before the wait clips a local gradient, a scaler that skips
-leaves handles open, `zero_grad(set_to_none=...)` is refused, hooks on the wrapped optimizer are lost.
+The average over ranks is a sum of gradients of the loss divided by the ranks, which costs no pass over the gradients.
 
 A loss that is not finite on one rank is made to spoil that rank's whole gradient (`_poison`), so that the reduced
 gradient tells all ranks the same thing and no extra collective is needed to agree.
@@ -24,6 +23,8 @@ from torch import Tensor
 
 from harness.config import Horovod, Train
 from harness.errors import ConfigError
+from harness.parallel.adasum import take_combined_step
+from harness.parallel.reducer import Reducer
 
 
 @dataclass(frozen=True)
@@ -36,10 +37,9 @@ class Step:
 
 
 class Update:
-    """Owns the optimizer, the gradient scaler and the accumulation of one model.
+    """Owns the optimizer, the reduction of gradients, the gradient scaler and the accumulation of one model.
 
-    `optimizer` must be fresh: Horovod's wrapper drops the state of one that has any. Restore state into
-    `self.optimizer` afterwards. `ranks`, `process_set`: those over which gradients are reduced; None: all.
+    `ranks`, `process_set`: those over which gradients are reduced; None: all.
     """
 
     def __init__(
@@ -59,13 +59,46 @@ class Update:
         self.passes = passes
         self.device = device
         self.train = train
+        self.optimizer = optimizer
         self.base_lrs = [float(group["lr"]) for group in optimizer.param_groups]
-        self.optimizer: Any = (
-            _distribute(model, optimizer, horovod, passes, ranks, process_set) if ranks > 1 else optimizer
-        )
-        self.distributed = ranks > 1
-        self.adasum = self.distributed and horovod.op == "adasum"
         self.scaler = torch.amp.GradScaler(device.type) if train.precision == "fp16" else None
+        self._passed = 0
+        self._divisor: float = passes
+        self._wire = torch.float16 if horovod.compression == "fp16" else None
+        self._adasum: list[tuple[str, torch.nn.Parameter]] | None = None
+        self._reducer: Reducer | None = None
+        if ranks > 1:
+            self._divide(model, horovod, ranks, process_set)
+
+    def _divide(self, model: torch.nn.Module, horovod: Horovod, ranks: int, process_set: Any) -> None:
+        """Choose how several ranks combine their gradients."""
+        parameters = _named(model, self.optimizer)
+        rows = _with_rows(model)
+        if rows and not horovod.sparse_as_dense:
+            for field, value in (("op", "adasum"), ("compression", "fp16")):
+                if getattr(horovod, field) == value:
+                    raise ConfigError(
+                        f"horovod.{field}={value} cannot reduce sparse gradients",
+                        hint="set horovod.sparse_as_dense=true",
+                    )
+        if horovod.op == "adasum":
+            check_adasum(ranks)
+            self._adasum = parameters
+            return
+        post = 1.0
+        if horovod.op == "average":
+            before = ranks if horovod.predivide is None else horovod.predivide
+            self._divisor *= before
+            post = before / ranks
+        self._reducer = Reducer(
+            parameters,
+            limit=horovod.bucket,
+            wire=self._wire,
+            rows=rows,
+            dense=horovod.sparse_as_dense,
+            post=post,
+            process_set=process_set,
+        )
 
     def autocast(self) -> Any:
         """The context of the forward pass; parameters stay fp32 (Horovod reduces no bf16)."""
@@ -74,7 +107,7 @@ class Update:
         return torch.autocast(self.device.type, torch.bfloat16 if self.train.precision == "bf16" else torch.float16)
 
     def begin(self, factor: float) -> None:
-        """Set the learning rates of this step to their peaks times `factor`; Adasum uses them during backward."""
+        """Set the learning rates of this step to their peaks times `factor`."""
         for group, base in zip(self.optimizer.param_groups, self.base_lrs, strict=True):
             group["lr"] = base * factor
 
@@ -82,21 +115,25 @@ class Update:
         """Add one micro batch's gradient. `loss` is its mean over samples, a scalar."""
         if self.train.nonfinite != "ignore":
             loss = _poison(loss)
-        if self.passes > 1:
-            loss = loss / self.passes
+        if self._divisor != 1:
+            loss = loss / self._divisor
         if self.scaler is not None:
             loss = self.scaler.scale(loss)
+        self._passed += 1
+        if self._passed == self.passes and self._reducer is not None:
+            self._reducer.expect()
         loss.backward()  # type: ignore[no-untyped-call]
 
     def synchronize(self) -> None:
         """Wait until every gradient is reduced. Collective."""
-        if self.distributed:
-            self.optimizer.synchronize()
+        self._passed = 0
+        if self._reducer is not None:
+            self._reducer.synchronize()
 
     def step(self) -> Step:
         """Use the reduced gradient. Not collective, but for Adasum; all ranks do the same."""
-        if self.adasum:
-            return self._adasum_step()
+        if self._adasum is not None:
+            return self._adasum_step(self._adasum)
         if self.scaler is not None:
             self.scaler.unscale_(self.optimizer)
         norm = None
@@ -106,27 +143,26 @@ class Update:
         taken = finite or self.train.nonfinite == "ignore"
         if taken:
             self._clip(norm)
-        with self.optimizer.skip_synchronize() if self.distributed else nullcontext():
-            if self.scaler is not None:
-                if taken:
-                    self.scaler.step(self.optimizer)  # skips by itself where it found an infinity
-                self.scaler.update()
-            elif taken:
-                self.optimizer.step()
+        if self.scaler is not None:
+            if taken:
+                self.scaler.step(self.optimizer)  # skips by itself where it found an infinity
+            self.scaler.update()
+        elif taken:
+            self.optimizer.step()
         if taken or self.train.nonfinite == "skip" or self.scaler is not None:
             self.optimizer.zero_grad()
         return Step(norm, finite, taken)
 
-    def _adasum_step(self) -> Step:
-        """Horovod's Adasum takes each rank's own step in backward and combines the steps: no gradient to clip or skip.
+    def _adasum_step(self, parameters: list[tuple[str, torch.nn.Parameter]]) -> Step:
+        """Ranks take their own steps, which are then combined: there is no gradient to clip, or to skip a step for.
 
         So what is not finite shows only in the parameters, on all ranks alike. Collective.
         """
-        self.optimizer.step()
+        take_combined_step(self.optimizer, parameters, self._wire)
         self.optimizer.zero_grad()
         if self.train.nonfinite == "ignore":
             return Step(None, True, True)
-        total = float(_norm(p.detach() for group in self.optimizer.param_groups for p in group["params"]))
+        total = float(_norm(parameter.detach() for _, parameter in parameters))
         return Step(None, total - total == 0.0, True)
 
     def _gradients(self) -> Iterator[Tensor]:
@@ -151,64 +187,14 @@ class Update:
                 gradient.clamp_(-self.train.clip_value, self.train.clip_value)
 
 
-def _distribute(
-    model: torch.nn.Module,
-    optimizer: torch.optim.Optimizer,
-    settings: Horovod,
-    passes: int,
-    ranks: int,
-    process_set: Any = None,
-) -> Any:
+def check_adasum(ranks: int) -> None:
+    """Raises ConfigError where Horovod has no Adasum."""
     import horovod.torch as hvd
 
-    if settings.op == "adasum" and ranks & (ranks - 1):
+    if ranks & (ranks - 1):
         raise ConfigError(f"horovod.op=adasum needs 2, 4, 8, ... ranks, not {ranks}")
-    if settings.op == "adasum" and not hvd.mpi_enabled():
+    if not hvd.mpi_enabled():
         raise ConfigError("horovod.op=adasum needs MPI; Horovod has no Adasum over Gloo", hint="use mpirun or srun")
-    if any(_sparse_embeddings(model)):
-        if settings.groups is not None:
-            raise ConfigError("horovod.groups cannot hold sparse gradients", hint="leave horovod.groups unset")
-        for field, value in (("op", "adasum"), ("compression", "fp16")):
-            if getattr(settings, field) == value and not settings.sparse_as_dense:
-                raise ConfigError(
-                    f"horovod.{field}={value} cannot reduce sparse gradients", hint="set horovod.sparse_as_dense=true"
-                )
-    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
-    plain = all(parameter.is_contiguous() and parameter.dtype != torch.bfloat16 for parameter in parameters)
-    if settings.compression == "fp16":
-        compression = hvd.Compression.fp16
-    else:
-        compression = hvd.Compression.none if plain else LayoutCompression
-    try:
-        return hvd.DistributedOptimizer(
-            optimizer,
-            named_parameters=list(model.named_parameters()),
-            compression=compression,
-            backward_passes_per_step=passes,
-            op={"average": hvd.Average, "sum": hvd.Sum, "adasum": hvd.Adasum}[settings.op],
-            gradient_predivide_factor=settings.predivide,
-            groups=settings.groups,
-            sparse_as_dense=settings.sparse_as_dense,
-            process_set=process_set or hvd.global_process_set,
-        )
-    except ValueError as error:
-        raise ConfigError(f"Horovod refuses these settings: {error}") from error
-
-
-class LayoutCompression:
-    """For gradients that Horovod refuses as they are: bf16 travels as fp32, channels_last as a contiguous copy.
-
-    The result is written back in the gradient's own layout, because torch's fused optimizers take a gradient's
-    strides to be its parameter's.
-    """
-
-    @staticmethod
-    def compress(tensor: Tensor) -> tuple[Tensor, Tensor]:
-        return tensor.to(torch.float32 if tensor.dtype == torch.bfloat16 else tensor.dtype).contiguous(), tensor
-
-    @staticmethod
-    def decompress(tensor: Tensor, like: Tensor | None) -> Tensor:
-        return tensor if like is None else torch.empty_like(like).copy_(tensor)  # None: sparse, never compressed
 
 
 def _poison(loss: Tensor) -> Tensor:
@@ -229,5 +215,20 @@ def _norm(tensors: Iterator[Tensor]) -> Tensor:
     return total
 
 
-def _sparse_embeddings(model: torch.nn.Module) -> Iterator[bool]:
-    return (bool(getattr(module, "sparse", False)) for module in model.modules())
+def _named(model: torch.nn.Module, optimizer: torch.optim.Optimizer) -> list[tuple[str, torch.nn.Parameter]]:
+    """What the optimizer changes, by its name in the model and in the model's order. Raises ConfigError."""
+    held = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
+    found = [(name, parameter) for name, parameter in model.named_parameters() if id(parameter) in held]
+    if len(found) < len(held):
+        raise ConfigError(
+            f"the optimizer has {len(held) - len(found)} parameters that the model does not have",
+            hint="what Task.parameters returns must be parameters of what Task.model returns",
+        )
+    return found
+
+
+def _with_rows(model: torch.nn.Module) -> frozenset[str]:
+    """Names of parameters whose gradients are sparse: those of embeddings that are declared so."""
+    modules = model.named_modules()
+    own = (m.named_parameters(name, recurse=False) for name, m in modules if getattr(m, "sparse", False))
+    return frozenset(name for parameters in own for name, _ in parameters)

@@ -122,14 +122,12 @@ def bring_up(
     settings: Settings,
     directory: Path,
     *,
-    exact: bool = True,
     parallel: Parallel = Parallel(),  # noqa: B008  # frozen
 ) -> World:
-    """Join the other ranks. Collective. `exact`: the same sums in every run. `parallel`: who works with whom.
+    """Join the other ranks. Collective. `parallel`: who works with whom.
 
     Raises Unavailable, the same on all ranks, when they do not form one world."""
-    exact = exact and (environment.size > 2 or environment.elastic)
-    os.environ.update(horovod_environment(settings, directory, exact=exact))
+    os.environ.update(horovod_environment(settings, directory))
     if environment.elastic:
         os.environ.setdefault("HOROVOD_GLOO_TIMEOUT_SECONDS", JOINING)
     if settings.timeline or settings.autotune:  # Horovod opens its files now, before the run directory is made
@@ -218,17 +216,17 @@ def check_views(views: dict[str, tuple[int, int]], launcher: str) -> None:
         )
 
 
-def horovod_environment(settings: Settings, directory: Path, *, exact: bool = False) -> dict[str, str]:
+def horovod_environment(settings: Settings, directory: Path) -> dict[str, str]:
     """Horovod's settings as its environment variables (horovod 0.28, docs/); unset fields are left alone. Pure.
 
-    `exact` turns packing off unless it is set: which gradients share a buffer depends on timing, and where a number
-    lies in a buffer decides in which order more than two ranks add it.
+    Packing is off unless it is wished for. Gradients come in buckets, and which of them would share a buffer depends on
+    timing: where a number lies in a buffer decides in which order more than two ranks add it.
     """
     variables: dict[str, object] = {
         "HOROVOD_STALL_CHECK_TIME_SECONDS": round(settings.stall_warn) or None,
         "HOROVOD_STALL_CHECK_DISABLE": None if settings.stall_warn else 1,
         "HOROVOD_STALL_SHUTDOWN_TIME_SECONDS": round(settings.stall_stop) or None,
-        "HOROVOD_FUSION_THRESHOLD": 0 if exact and settings.fusion is None else settings.fusion,
+        "HOROVOD_FUSION_THRESHOLD": 0 if settings.fusion is None and not settings.autotune else settings.fusion,
         "HOROVOD_CYCLE_TIME": None if settings.cycle_time is None else settings.cycle_time * 1e3,
         "HOROVOD_CACHE_CAPACITY": settings.cache_capacity,
     }

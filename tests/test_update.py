@@ -10,7 +10,7 @@ import torch
 from harness.config import Horovod, Train
 from harness.ema import Ema
 from harness.errors import ConfigError
-from harness.update import LayoutCompression, Update, _poison
+from harness.update import Update, _poison
 
 CPU = torch.device("cpu")
 
@@ -123,21 +123,37 @@ def test_sparse_gradients_are_counted_and_clipped_once_per_row() -> None:
     assert float(table.weight.detach().norm()) == pytest.approx(1.0, rel=1e-5)
 
 
-@pytest.mark.parametrize(
-    "settings", [{"compression": "fp16"}, {"groups": 2}, {"groups": 2, "sparse_as_dense": True}], ids=str
-)
-def test_what_horovod_cannot_do_with_sparse_gradients_is_refused(settings: dict[str, object]) -> None:
+@pytest.mark.parametrize(("settings", "field"), [({"compression": "fp16"}, "compression"), ({"op": "adasum"}, "op")])
+def test_what_horovod_cannot_do_with_sparse_gradients_is_refused(settings: dict[str, object], field: str) -> None:
     table = torch.nn.Embedding(10, 3, sparse=True)
-    with pytest.raises(ConfigError, match="sparse gradients"):
-        Update(
-            table,
-            torch.optim.SGD(table.parameters(), lr=1.0),
-            train=Train(steps=1, global_batch=4),
-            horovod=Horovod.model_validate(settings),
-            passes=1,
-            ranks=2,
-            device=CPU,
-        )
+    with pytest.raises(ConfigError, match=f"horovod.{field}=.* cannot reduce sparse gradients"):
+        several(table, **settings)
+
+
+def test_a_parameter_that_horovod_cannot_reduce_is_named() -> None:
+    model = torch.nn.ParameterDict({"phase": torch.nn.Parameter(torch.ones(2, dtype=torch.complex64))})
+    with pytest.raises(ConfigError, match=r"parameter phase is of torch\.complex64"):
+        several(model)
+
+
+def test_the_optimizer_holds_parameters_of_the_model_only() -> None:
+    model, other = torch.nn.Linear(2, 2), torch.nn.Linear(2, 2)
+    model.parameters = lambda *_: iter([*other.parameters()])  # type: ignore[method-assign]
+    with pytest.raises(ConfigError, match="2 parameters that the model does not have"):
+        several(model)
+
+
+def several(model: torch.nn.Module, **horovod: object) -> Update:
+    """As on one of two ranks; nothing here communicates."""
+    return Update(
+        model,
+        torch.optim.SGD(model.parameters(), lr=1.0),
+        train=Train(steps=1, global_batch=4),
+        horovod=Horovod.model_validate(horovod),
+        passes=1,
+        ranks=2,
+        device=CPU,
+    )
 
 
 def test_fp16_needs_a_gpu() -> None:
@@ -151,19 +167,6 @@ def test_bf16_computes_in_bf16_and_keeps_fp32_parameters() -> None:
         assert model(torch.ones(1, 4)).dtype == torch.bfloat16
     run(model, update, torch.ones(8, 4))
     assert all(p.dtype == torch.float32 for p in model.parameters())
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_layout_compression_restores_dtype_and_strides(dtype: torch.dtype) -> None:
-    gradient = torch.randn(2, 3, 4, 5).to(dtype).contiguous(memory_format=torch.channels_last)
-    wire, context = LayoutCompression.compress(gradient)
-    assert wire.is_contiguous()
-    assert wire.dtype == torch.float32
-    back = LayoutCompression.decompress(wire, context)
-    assert back.dtype == dtype
-    assert back.stride() == gradient.stride()
-    assert torch.equal(back, gradient)
-    assert LayoutCompression.decompress(wire, None) is wire  # as Horovod asks for sparse gradients
 
 
 def test_ema_follows_the_formula_and_swaps_in_and_out() -> None:

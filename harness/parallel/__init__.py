@@ -1,4 +1,7 @@
 """Forms of training beyond one averaged gradient: who works with whom, and what each form moves between ranks.
 
+buckets.py    which gradients travel together
+reducer.py    gradients summed over ranks while others are still computed
+adasum.py     steps combined instead of gradients
 groups.py     which ranks form a replica of the model, and which hold the same part of it in all replicas
 """

@@ -1,0 +1,243 @@
+"""Gradients summed over ranks while the backward pass still computes others.
+
+    reducer = Reducer(named_parameters, limit=25 << 20)
+    reducer.expect()             the next backward pass is the last one of this step
+    loss.backward()              a bucket that is full starts to travel at once
+    reducer.synchronize()        wait: every .grad is now the sum over all ranks
+
+A parameter's fresh gradient is copied into its bucket once, and `.grad` is a view of the bucket from then on; nothing
+is packed or unpacked. Ranks need not use the same parameters: what a rank has no gradient of counts as zeros, and what
+no rank has a gradient of has none afterwards, as with one rank.
+
+What is not here: averaging (`update.py` scales the loss), and what is done with the sum.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from harness.errors import ConfigError
+from harness.parallel.buckets import Bucket, Piece, plan_buckets
+
+PATIENCE = 50e-6
+"""Seconds between two looks at a reduction. Horovod's own wait spins, and takes the core from the thread that works."""
+REDUCIBLE = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
+
+
+class Reducer:
+    """Sums the gradients of these parameters, given by name in the model's order, over the ranks of a process set.
+
+    limit: bytes of a bucket. wire: the dtype in which gradients travel; unset: their own, for bf16, which Horovod does
+    not know, fp32. rows: names of parameters with sparse gradients, whose rows travel instead; with `dense` they travel
+    as dense ones. post: a factor for the sum. Raises ConfigError where a dtype cannot be reduced.
+    """
+
+    def __init__(
+        self,
+        parameters: Sequence[tuple[str, torch.nn.Parameter]],
+        *,
+        limit: int,
+        wire: torch.dtype | None = None,
+        rows: frozenset[str] = frozenset(),
+        dense: bool = False,
+        post: float = 1.0,
+        process_set: Any = None,
+    ) -> None:
+        import horovod.torch as hvd
+
+        self._where = {"process_set": process_set or hvd.global_process_set}
+        self._post = post
+        self._expected = False
+        trained = [(name, parameter) for name, parameter in parameters if parameter.requires_grad]
+        for name, parameter in trained:
+            if parameter.dtype not in REDUCIBLE:
+                raise ConfigError(f"parameter {name} is of {parameter.dtype}, whose gradient Horovod cannot reduce")
+        in_buckets = [(name, parameter) for name, parameter in trained if dense or name not in rows]
+        pieces = [Piece(p.numel(), (p.dtype, p.device), p.element_size()) for _, p in in_buckets]
+        self._buckets = [
+            _Filling(bucket, [in_buckets[number] for number in bucket.members], wire)
+            for bucket in plan_buckets(pieces, limit)
+        ]
+        self._rows = [_Rows(name, parameter) for name, parameter in trained if name in rows and not dense]
+        self._as_rows = [parameter for name, parameter in in_buckets if name in rows]
+        for number, filling in enumerate(self._buckets):
+            filling.name = f"gradients/{number}"
+            for slot, parameter in enumerate(filling.parameters):
+                _when_ready(parameter, self._hook(filling, slot))
+        for sparse in self._rows:
+            _when_ready(sparse.parameter, self._rows_hook(sparse))
+
+    def expect(self) -> None:
+        """The next backward pass is the last of this step: its gradients travel."""
+        self._expected = True
+
+    @torch.no_grad()
+    def synchronize(self) -> None:
+        """Wait until all gradients are summed. Collective; ranks may have used different parameters."""
+        for rows in self._rows:
+            if not rows.handles:
+                self._send_rows(rows)
+        for filling in self._buckets:
+            if filling.handle is None:
+                self._send(filling)
+        for rows in self._rows:
+            self._receive_rows(rows)
+        for filling in self._buckets:
+            self._receive(filling)
+        for parameter in self._as_rows:  # as the optimizer gets it on one rank
+            if parameter.grad is not None:
+                parameter.grad = parameter.grad.to_sparse(1)
+        self._expected = False
+
+    def _hook(self, filling: _Filling, slot: int) -> Callable[[Tensor], None]:
+        def arrived(parameter: Tensor) -> None:
+            filling.keep(slot)
+            if self._expected:
+                filling.arrived(slot)
+                if not filling.missing:
+                    self._send(filling)
+
+        return arrived
+
+    def _rows_hook(self, rows: _Rows) -> Callable[[Tensor], None]:
+        def arrived(parameter: Tensor) -> None:
+            if self._expected:
+                self._send_rows(rows)
+
+        return arrived
+
+    def _send(self, filling: _Filling) -> None:
+        import horovod.torch as hvd
+
+        filling.handle = hvd.allreduce_async_(
+            filling.load(), name=filling.name, op=hvd.Sum, postscale_factor=self._post, **self._where
+        )
+
+    def _receive(self, filling: _Filling) -> None:
+        wait(filling.handle)
+        filling.unload()
+
+    def _send_rows(self, rows: _Rows) -> None:
+        import horovod.torch as hvd
+
+        for what, tensor in zip(("rows", "values"), rows.load(), strict=True):
+            rows.handles.append(hvd.allgather_async(tensor, name=f"gradients/{rows.name}/{what}", **self._where))
+
+    def _receive_rows(self, rows: _Rows) -> None:
+        index, values = (wait(handle) for handle in rows.handles)
+        rows.unload(index, values * self._post if self._post != 1.0 else values)
+
+
+def wait(handle: Any) -> Tensor:
+    """The result of a Horovod operation, without keeping a core busy meanwhile. Collective."""
+    import horovod.torch as hvd
+
+    while not hvd.poll(handle):
+        time.sleep(PATIENCE)
+    result: Tensor = hvd.synchronize(handle)
+    return result
+
+
+def travels_as(dtype: torch.dtype) -> torch.dtype:
+    """The dtype in which Horovod reduces tensors of this one."""
+    return torch.float32 if dtype == torch.bfloat16 else dtype
+
+
+def _when_ready(parameter: torch.nn.Parameter, hook: Callable[[Tensor], None]) -> None:
+    parameter.register_post_accumulate_grad_hook(hook)  # type: ignore[no-untyped-call]
+
+
+class _Filling:
+    """One bucket's memory. After the gradients it has an element per parameter: how many ranks have its gradient."""
+
+    def __init__(
+        self, bucket: Bucket, members: Sequence[tuple[str, torch.nn.Parameter]], wire: torch.dtype | None
+    ) -> None:
+        self.names = [name for name, _ in members]
+        self.parameters = [parameter for _, parameter in members]
+        self.name = ""
+        self.handle: Any = None
+        self.missing = set(range(len(members)))
+        first = self.parameters[0]
+        self.flat = torch.zeros(bucket.elements + len(members), dtype=first.dtype, device=first.device)
+        self.users = self.flat[bucket.elements :]
+        self.views = [
+            # torch's fused optimizers take a gradient's strides to be its parameter's
+            self.flat.as_strided(parameter.shape, torch.empty_like(parameter).stride(), at)
+            for at, parameter in zip(bucket.offsets, self.parameters, strict=True)
+        ]
+        wire = wire or travels_as(first.dtype)
+        self.wire = self.flat if wire == first.dtype else torch.empty_like(self.flat, dtype=wire)
+
+    def keep(self, slot: int) -> None:
+        """Move a fresh gradient into the bucket; one that is there already has been added to."""
+        parameter, view = self.parameters[slot], self.views[slot]
+        if parameter.grad is not view:
+            assert parameter.grad is not None
+            view.copy_(parameter.grad.to_dense() if parameter.grad.is_sparse else parameter.grad)
+            parameter.grad = view
+
+    def arrived(self, slot: int) -> None:
+        if slot not in self.missing:
+            raise ConfigError(
+                f"parameter {self.names[slot]} got its gradient twice in one backward pass",
+                hint="activation checkpointing needs use_reentrant=False",
+            )
+        self.missing.discard(slot)
+
+    def load(self) -> Tensor:
+        """What travels. Parameters without a gradient on this rank count as zeros."""
+        self.users.fill_(1)
+        for slot in self.missing:
+            if self.parameters[slot].grad is None:
+                self.views[slot].zero_()
+                self.users[slot] = 0
+                self.parameters[slot].grad = self.views[slot]
+            else:
+                self.keep(slot)
+        return self.flat if self.wire is self.flat else self.wire.copy_(self.flat)
+
+    def unload(self) -> None:
+        if self.wire is not self.flat:
+            self.flat.copy_(self.wire)
+        if self.missing:
+            for slot, users in enumerate(self.users.tolist()):
+                if users == 0:
+                    self.parameters[slot].grad = None
+        self.missing = set(range(len(self.parameters)))
+        self.handle = None
+
+
+class _Rows:
+    """The rows of one sparse gradient."""
+
+    def __init__(self, name: str, parameter: torch.nn.Parameter) -> None:
+        self.name, self.parameter = name, parameter
+        self.handles: list[Any] = []
+
+    def load(self) -> tuple[Tensor, Tensor]:
+        """The numbers of the rows, int64 [n], and their values [n, ...]; each row once."""
+        parameter = self.parameter
+        if parameter.grad is None:
+            none = torch.empty_like(parameter[:0], dtype=travels_as(parameter.dtype))
+            return torch.empty(0, dtype=torch.int64, device=parameter.device), none
+        grad = parameter.grad if parameter.grad.is_sparse else parameter.grad.to_sparse(1)
+        grad = grad.coalesce()
+        values = grad.values().to(travels_as(grad.dtype))
+        return grad.indices()[0].contiguous(), values.contiguous()
+
+    def unload(self, index: Tensor, values: Tensor) -> None:
+        """Rows of all ranks, in the order of ranks."""
+        self.handles.clear()
+        if not len(index):
+            self.parameter.grad = None
+            return
+        values = values.to(self.parameter.dtype)
+        self.parameter.grad = torch.sparse_coo_tensor(
+            index[None], values, self.parameter.shape, check_invariants=False
+        ).coalesce()
