@@ -15,6 +15,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator, Field, model_validator
 
+from harness.parallel.combinations import check_parallel
 from harness.parallel.settings import Parallel
 from harness.section import Count, Fraction, NonNegative, Positive, PositiveFloat, Section
 from harness.units import Duration, Size
@@ -378,6 +379,7 @@ class Config(Section):
                     "horovod.op=adasum cannot clip, skip a step or use fp16: train.clip_norm, train.clip_value,"
                     " train.nonfinite=skip and train.precision=fp16 go with average and sum"
                 )
+        check_parallel(self)
         if self.launch.hosts is not None and self.launch.hostfile is not None:
             raise ValueError("give launch.hosts or launch.hostfile, not both")
         return self

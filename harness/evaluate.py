@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from contextlib import nullcontext
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -29,7 +28,7 @@ def evaluate(job: Job) -> dict[str, float]:
     job.model.eval()
     sums: dict[str, torch.Tensor] = {}
     count = 0
-    with job.ema.applied() if job.ema is not None else nullcontext():
+    with job.shown():
         for batch in job.eval_batches:
             with job.update.autocast():
                 means = job.task.evaluate(job.model, to_device(batch.data, job.world.device))

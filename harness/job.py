@@ -8,6 +8,7 @@ from __future__ import annotations
 import math
 import os
 import random
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -26,13 +27,14 @@ from harness.ema import Ema
 from harness.errors import ConfigError
 from harness.optim import make_optimizer, peak_lr
 from harness.order import Order
+from harness.parallel.local import LocalSteps
 from harness.partition.file import read
 from harness.partition.order import PartOrder, check_partition
 from harness.rundir import RunDir
 from harness.sinks import Sinks, open_sinks
 from harness.stop import SaveRequest, StopRequest, deadline
 from harness.task import Task, make_task
-from harness.update import Update
+from harness.update import OPTIONAL, Update
 from harness.world import World
 
 if TYPE_CHECKING:
@@ -85,7 +87,13 @@ class Job:
             optimizer=self.update.optimizer,
             ema=None if self.ema is None else self.ema.shadow,
             extra=extra,
+            optional=OPTIONAL,
+            **self.update.entries(),
         )
+
+    def shown(self) -> AbstractContextManager[None]:
+        """In the block the model has the parameters that are evaluated and exported. Collective."""
+        return self.ema.applied() if self.ema is not None else self.update.shared()
 
     def align_buffers(self, name: str) -> None:
         """Make the model's buffers the same on all ranks, as `checkpoint.buffers` says. Collective."""
@@ -143,6 +151,7 @@ def build(config: Config, run: RunDir, attempt: int, world: World, clock: Clock,
     optimizer = make_optimizer(
         task.parameters(model), config.optim, lr=peak_lr(config.optim, config.train.global_batch)
     )
+    order = make_order(config, samples, world.replicas)
     steps = total_steps(config, samples)
     stop = StopRequest(
         run.stop if world.is_root else None,
@@ -173,19 +182,10 @@ def build(config: Config, run: RunDir, attempt: int, world: World, clock: Clock,
             prefetch=config.data.prefetch,
             pin=world.device.type == "cuda",
         ),
-        order=make_order(config, samples, world.size),
+        order=order,
         plan=plan,
         steps=steps,
-        update=Update(
-            model,
-            optimizer,
-            train=config.train,
-            horovod=config.horovod,
-            passes=plan.passes,
-            ranks=world.groups.replicas.size,
-            process_set=world.groups.replicas.process_set,
-            device=world.device,
-        ),
+        update=make_update(config, model, optimizer, plan, world, order, elastic=elastic is not None),
         ema=Ema(model, config.train.ema) if config.train.ema is not None else None,
         manager=Manager(
             run.checkpoints,
@@ -203,6 +203,37 @@ def build(config: Config, run: RunDir, attempt: int, world: World, clock: Clock,
         ),
         elastic=elastic,
     )
+
+
+def make_update(
+    config: Config,
+    model: torch.nn.Module,
+    optimizer: torch.optim.Optimizer,
+    plan: BatchPlan,
+    world: World,
+    order: Order | PartOrder,
+    *,
+    elastic: bool,
+) -> Update:
+    """The form of training: what ranks do with their gradients. Raises ConfigError."""
+    replicas, parallel = world.groups.replicas, config.parallel
+    if elastic and parallel.local:
+        raise ConfigError(
+            "an elastic run cannot take local steps (parallel.average_every): what a lost rank has learned on its own"
+            " is lost with it",
+            hint="use parallel.average_every=1, or restarts instead of elastic ranks",
+        )
+    common: dict[str, Any] = {
+        "train": config.train,
+        "horovod": config.horovod,
+        "passes": plan.passes,
+        "device": world.device,
+    }
+    if parallel.local:
+        weight = order.weight(world.replica, world.replicas)
+        every, outer = parallel.average_every, parallel.outer
+        return LocalSteps(model, optimizer, ranks=replicas.size, every=every, weight=weight, outer=outer, **common)
+    return Update(model, optimizer, ranks=replicas.size, process_set=replicas.process_set, **common)
 
 
 def make_order(config: Config, samples: int, ranks: int) -> Order | PartOrder:

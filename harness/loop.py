@@ -18,7 +18,7 @@ import math
 import os
 import time
 from collections.abc import Generator
-from contextlib import closing, nullcontext
+from contextlib import closing
 
 import torch
 
@@ -32,7 +32,7 @@ from harness.metrics import Interval, Meter
 from harness.nonfinite import handle_nonfinite
 from harness.rundir import ROLL_BACK
 from harness.schedule import factor
-from harness.units import show_duration
+from harness.units import show_duration, show_size
 from harness.update import Step
 
 
@@ -43,7 +43,7 @@ def train(job: Job) -> None:
     if first >= job.steps or has_stopped_improving(job):
         more = "train.steps" if job.config.train.steps is not None else "train.epochs"
         job.sinks.say(f"{job.run.root} is finished: nothing to train after step {first}; a higher {more} goes on")
-        finish(job, started)
+        finish(job, started, first)
         return
     job.manager.claim()
     job.sinks.say(describe(job))
@@ -72,6 +72,8 @@ def train(job: Job) -> None:
                 result = job.update.step()
                 if job.ema is not None and result.taken:
                     job.ema.update()
+            with job.clock("communication"):
+                job.update.share(step + 1)
             meter.add(sum(losses[1:], losses[0]) / len(losses))
             job.progress.step = done = step + 1
 
@@ -87,6 +89,7 @@ def train(job: Job) -> None:
                 interval = meter.exchange(
                     job.world,
                     job.clock,
+                    sent=job.update.sent,
                     stop=job.stop.wanted(),
                     save=job.request.wanted(),
                     announced=job.elastic is not None and job.elastic.announced,
@@ -108,20 +111,22 @@ def train(job: Job) -> None:
                 if interval.announced and not last:
                     job.elastic.change(done)
     save(job, job.progress.step, wait=True)  # before anything of the task that may fail
-    finish(job, started)
+    finish(job, started, first)
 
 
-def finish(job: Job, started: float) -> None:
+def finish(job: Job, started: float, first: int) -> None:
     """What follows the last step; a run that failed here does it when it is started again. Collective."""
     done = job.progress.step
     if job.progress.evaluated != done:
         run_evaluation(job, done)
         if job.eval_batches is not None:
             job.manager.add_metrics(done, job.evaluated)  # it was saved before: an evaluation may fail
-    if job.world.is_root and (line := export(job)) is not None:
-        job.sinks.say(line)
+    export(job)
     job.sinks.record("state", done, state="finished", summary=f"{done} steps")
-    job.sinks.say(f"finished at step {done} after {show_duration(time.perf_counter() - started)}")
+    sent = float(job.world.exchange([job.update.sent], "finish/sent").sum())
+    per_sample = sent / max(1, (done - first) * job.plan.global_batch)
+    network = f"; {show_size(per_sample)} per sample over the network" if sent else ""
+    job.sinks.say(f"finished at step {done} after {show_duration(time.perf_counter() - started)}{network}")
 
 
 def describe(job: Job) -> str:
@@ -173,6 +178,7 @@ def restore(job: Job) -> int:
             setattr(job.progress, name, extra[name])
         if job.update.scaler is not None and extra["scaler"] is not None:
             job.update.scaler.load_state_dict(extra["scaler"])
+        job.update.restored(found[0], job.manager.report.loaded)
         job.sinks.say(f"resumed from {told}")
     first = 0 if found is None else found[0]
     job.clock.section = "start"
@@ -207,7 +213,8 @@ def save(job: Job, done: int, *, wait: bool | None = None) -> None:
         job.request.granted()
         job.align_buffers("save/buffers")
         metrics = job.evaluated if job.progress.evaluated == done else None
-        job.manager.save(done, job.state(job.extra()), metrics, wait=wait)
+        with job.update.shared(state=True):
+            job.manager.save(done, job.state(job.extra()), metrics, wait=wait)
 
 
 def run_evaluation(job: Job, done: int) -> bool:
@@ -249,7 +256,7 @@ def has_stopped_improving(job: Job) -> bool:
 
 def tell(job: Job, interval: Interval, done: int, result: Step, lr_factor: float, first: int, started: float) -> None:
     """Hand an interval's numbers to the sinks."""
-    steps = done - first
+    steps, samples = done - first, steps_in(done, job, first) * job.plan.global_batch
     elapsed = time.perf_counter() - started
     spent = sum(interval.sections.values()) or 1.0
     job.sinks.record(
@@ -259,7 +266,8 @@ def tell(job: Job, interval: Interval, done: int, result: Step, lr_factor: float
         lr=job.update.base_lrs[0] * lr_factor,
         grad_norm=result.grad_norm,
         samples=done * job.plan.global_batch,
-        samples_per_s=steps_in(done, job, first) * job.plan.global_batch / interval.seconds,
+        samples_per_s=samples / interval.seconds,
+        network_bytes_per_sample=interval.sent / samples,
         rate=steps / elapsed,
         eta_s=(job.steps - done) * elapsed / steps,
         slowest_rank=interval.slowest,
@@ -275,9 +283,11 @@ def steps_in(done: int, job: Job, first: int) -> int:
     return min((done - 1) % job.config.log.every + 1, done - first)
 
 
-def export(job: Job) -> str | None:
+def export(job: Job) -> None:
     """The task's results, written by rank 0 while the others wait; the averaged parameters, where there are any."""
     job.clock.section = "export"
     job.model.eval()
-    with torch.no_grad(), job.ema.applied() if job.ema is not None else nullcontext():
-        return job.task.export(job.model, job.run.root)
+    with torch.no_grad(), job.shown():
+        line = job.task.export(job.model, job.run.root) if job.world.is_root else None
+    if line is not None:
+        job.sinks.say(line)

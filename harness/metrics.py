@@ -30,6 +30,8 @@ class Interval:
     """The rank whose own work (data, forward/backward, update) took longest."""
     slowdown: float
     """That rank's own work divided by the mean of all ranks."""
+    sent: float
+    """Bytes that all ranks have sent, at least (`parallel/traffic.py`)."""
     stop: bool
     """Some rank was asked to stop."""
     save: bool
@@ -45,31 +47,38 @@ class Meter:
         self.loss: torch.Tensor | None = None
         self.steps = 0
         self.begin = time.perf_counter()
+        self.sent = 0.0
 
     def add(self, loss: torch.Tensor) -> None:
         """The mean loss of one step's samples on this rank, a scalar."""
         self.loss = loss.double() if self.loss is None else self.loss + loss
         self.steps += 1
 
-    def exchange(self, world: World, clock: Clock, *, stop: bool, save: bool, announced: bool = False) -> Interval:
-        """Combine all ranks' sums and begin anew. Collective: one allgather of 11 numbers per rank."""
+    def exchange(
+        self, world: World, clock: Clock, *, sent: float, stop: bool, save: bool, announced: bool = False
+    ) -> Interval:
+        """Combine all ranks' sums and begin anew. Collective: one allgather of 12 numbers per rank.
+
+        sent: bytes that this rank has sent since the start.
+        """
         loss = float("nan") if self.loss is None else float(self.loss)
         taken = clock.take()
         steps = max(self.steps, 1)
-        mine = [stop, save, announced, loss, self.steps, *(taken.get(name, 0.0) for name in SECTIONS)]
+        told = [stop, save, announced, loss, self.steps, sent - self.sent]
+        mine = [*told, *(taken.get(name, 0.0) for name in SECTIONS)]
         with clock("metrics"):
             table = world.exchange(mine, "log/interval")
         seconds = time.perf_counter() - self.begin
-        self.loss, self.steps, self.begin = None, 0, time.perf_counter()
+        self.loss, self.steps, self.begin, self.sent = None, 0, time.perf_counter(), sent
         return summarize(table, seconds, steps)
 
 
 def summarize(table: np.ndarray, seconds: float, steps: int) -> Interval:
     """The view of all ranks. Pure.
 
-    `table`: float64 [ranks, 5 + sections]: stop, save, announced, losses, steps, seconds in each section.
+    `table`: float64 [ranks, 6 + sections]: stop, save, announced, losses, steps, sent, seconds in each section.
     """
-    times = table[:, 5:]
+    times = table[:, 6:]
     own = times[:, [SECTIONS.index(name) for name in OWN_WORK]].sum(axis=1)
     mean = float(own.mean())
     return Interval(
@@ -78,6 +87,7 @@ def summarize(table: np.ndarray, seconds: float, steps: int) -> Interval:
         sections={name: float(column.mean()) / steps for name, column in zip(SECTIONS, times.T, strict=True)},
         slowest=int(own.argmax()),
         slowdown=float(own.max()) / mean if mean > 0 else 1.0,
+        sent=float(table[:, 5].sum()),
         stop=bool(table[:, 0].any()),
         save=bool(table[:, 1].any()),
         announced=bool(table[:, 2].any()),

@@ -14,12 +14,19 @@ if TYPE_CHECKING:
 
 SKIPS_IN_A_ROW = 100
 """So many skipped steps in a row end the run: nothing is being learned."""
+HINT = "a lower optim.lr or train.clip_norm may help; train.nonfinite=skip goes on without such steps"
 
 
 def handle_nonfinite(job: Job, step: int, losses: list[torch.Tensor], skipped: int) -> None:
-    """Every rank is here for the same step, since all have the same reduced gradient. Collective where it stops."""
+    """Every rank is here for the same step, since all have the same reduced gradient. Collective where it stops.
+
+    Ranks that take steps of their own (`Update.together` is false) come here alone, and end alone.
+    """
     policy = job.config.train.nonfinite
     if policy == "ignore":
+        return
+    if not job.update.together:
+        _handle_alone(job, step, losses, skipped)
         return
     values = [str(told).split() for told in job.world.comm.all_gather(" ".join(str(float(x)) for x in losses))]
     begin = step * job.plan.global_batch
@@ -46,5 +53,21 @@ def handle_nonfinite(job: Job, step: int, losses: list[torch.Tensor], skipped: i
     raise InternalError(
         f"step {step}: {what}; samples {', '.join(map(str, shown))}, ...: all are in {report}"
         + (f"; {skipped} steps in a row" if skipped > 1 else ""),
-        hint="a lower optim.lr or train.clip_norm may help; train.nonfinite=skip goes on without such steps",
+        hint=HINT,
+    )
+
+
+def _handle_alone(job: Job, step: int, losses: list[torch.Tensor], skipped: int) -> None:
+    """Not collective: the error of one rank ends the run, and names the rank."""
+    if job.config.train.nonfinite == "skip" and skipped < SKIPS_IN_A_ROW:
+        print(f"step {step}: this rank's gradient is not finite, skipped here", flush=True)
+        return
+    begin = step * job.plan.global_batch + job.world.replica * job.plan.per_replica
+    ids = job.order.ids(begin, begin + job.plan.per_replica).tolist()
+    values = ", ".join(str(float(loss)) for loss in losses[:8])
+    raise InternalError(
+        f"step {step}: the loss ({values}) or its gradient is not finite on rank {job.world.rank}; samples"
+        f" {', '.join(map(str, ids[:10]))}{', ...' if len(ids) > 10 else ''}"
+        + (f"; {skipped} steps in a row" if skipped > 1 else ""),
+        hint=HINT,
     )

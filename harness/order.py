@@ -58,6 +58,10 @@ class Order:
             start += last - first
         return np.concatenate(parts)
 
+    def weight(self, replica: int, replicas: int) -> float:
+        """A replica's part of all samples, where they are spread over so many."""
+        return 1 / replicas
+
     def _permutation(self, epoch: int) -> Ids:
         if epoch not in self._epochs:
             while len(self._epochs) > 1:

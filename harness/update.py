@@ -13,8 +13,8 @@ gradient tells all ranks the same thing and no extra collective is needed to agr
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import nullcontext
+from collections.abc import Collection, Iterator
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -24,7 +24,8 @@ from torch import Tensor
 from harness.config import Horovod, Train
 from harness.errors import ConfigError
 from harness.parallel.adasum import take_combined_step
-from harness.parallel.reducer import Reducer
+from harness.parallel.reducer import Reducer, travels_as
+from harness.parallel.traffic import allreduce_bytes
 
 
 @dataclass(frozen=True)
@@ -36,11 +37,18 @@ class Step:
     taken: bool
 
 
+OPTIONAL = ("local", "shared", "momentum")
+"""Entries of a checkpoint that only some forms of training make; others go on without them."""
+
+
 class Update:
     """Owns the optimizer, the reduction of gradients, the gradient scaler and the accumulation of one model.
 
     `ranks`, `process_set`: those over which gradients are reduced; None: all.
     """
+
+    together = True
+    """All ranks take the same step, and know it."""
 
     def __init__(
         self,
@@ -67,6 +75,8 @@ class Update:
         self._wire = torch.float16 if horovod.compression == "fp16" else None
         self._adasum: list[tuple[str, torch.nn.Parameter]] | None = None
         self._reducer: Reducer | None = None
+        self._steps_sent = 0.0
+        self._ranks = ranks
         if ranks > 1:
             self._divide(model, horovod, ranks, process_set)
 
@@ -153,12 +163,34 @@ class Update:
             self.optimizer.zero_grad()
         return Step(norm, finite, taken)
 
+    @property
+    def sent(self) -> float:
+        """Bytes that this rank has sent to others since the start, at least: see `parallel/traffic.py`."""
+        return self._steps_sent + (0.0 if self._reducer is None else self._reducer.sent)
+
+    def share(self, done: int) -> None:
+        """After step `done`: make the parameters what all ranks go on with. Collective, in forms that do so."""
+
+    def shared(self, *, state: bool = False) -> AbstractContextManager[None]:
+        """In the block the model (with `state` the optimizer, too) is what all ranks have in common. Collective."""
+        return nullcontext()
+
+    def entries(self) -> dict[str, Any]:
+        """What a checkpoint of this form holds besides model and optimizer; of `OPTIONAL` names only."""
+        return {}
+
+    def restored(self, step: int, loaded: Collection[str]) -> None:
+        """After a restore at this step; loaded: names of what the checkpoint held. Not collective."""
+
     def _adasum_step(self, parameters: list[tuple[str, torch.nn.Parameter]]) -> Step:
         """Ranks take their own steps, which are then combined: there is no gradient to clip, or to skip a step for.
 
         So what is not finite shows only in the parameters, on all ranks alike. Collective.
         """
         take_combined_step(self.optimizer, parameters, self._wire)
+        itemsize = None if self._wire is None else self._wire.itemsize
+        nbytes = sum(p.numel() * (itemsize or travels_as(p.dtype).itemsize) for _, p in parameters)
+        self._steps_sent += allreduce_bytes(nbytes, self._ranks)
         self.optimizer.zero_grad()
         if self.train.nonfinite == "ignore":
             return Step(None, True, True)

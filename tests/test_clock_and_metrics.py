@@ -38,15 +38,17 @@ def test_the_section_names_where_an_exception_came_from() -> None:
 
 
 def test_summary_of_three_ranks() -> None:
-    table = np.zeros((3, 5 + len(SECTIONS)))
+    table = np.zeros((3, 6 + len(SECTIONS)))
     table[:, 3] = [2.0, 4.0, 6.0]  # sums of losses over two steps
-    table[:, 5 + SECTIONS.index("data")] = [0.1, 0.1, 0.7]
-    table[:, 5 + SECTIONS.index("communication")] = [0.9, 0.9, 0.3]  # waiting is not own work
+    table[:, 6 + SECTIONS.index("data")] = [0.1, 0.1, 0.7]
+    table[:, 6 + SECTIONS.index("communication")] = [0.9, 0.9, 0.3]  # waiting is not own work
     told = summarize(table, 1.5, 2)
     assert told.loss == pytest.approx(2.0)
     assert told.slowest == 2
     assert told.slowdown == pytest.approx(0.7 / 0.3)
     assert told.sections["data"] == pytest.approx(0.15)
+    table[:, 5] = [10.0, 20.0, 30.0]
+    assert summarize(table, 1.5, 2).sent == 60.0
     assert not (told.stop or told.save or told.announced)
     table[1, 0] = 1
     assert summarize(table, 1.5, 2).stop and not summarize(table, 1.5, 2).save

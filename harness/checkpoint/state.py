@@ -14,7 +14,7 @@ once, with an alias.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, MutableMapping
+from collections.abc import Callable, Collection, Mapping, MutableMapping
 from typing import Any
 
 from harness.checkpoint.comm import Json
@@ -40,13 +40,17 @@ class State:
     shards: parameters and buffers of which this rank has a part, by name: `{"fc.weight": Box(...)}`. The optimizer's
     state of such a parameter that is of its local shape is the same part. A name with its entry before it, as in
     `optimizer.fc.weight`, is meant for this entry only.
+    optional: entries that may be here and not in a checkpoint, where they stay as they are, or there and not here.
     """
 
-    def __init__(self, *, shards: Mapping[str, Region] | None = None, **entries: Any) -> None:
+    def __init__(
+        self, *, shards: Mapping[str, Region] | None = None, optional: Collection[str] = (), **entries: Any
+    ) -> None:
         self.shards: dict[str, Region] = dict(shards or {})
+        self.optional = frozenset(optional)
         self.entries: dict[str, Any] = {name: value for name, value in entries.items() if value is not None}
         self.kinds: dict[str, str] = {name: _kind(name, value) for name, value in self.entries.items()}
-        if taken := {"entries", "kinds", "shards"} & set(entries):
+        if taken := {"entries", "kinds", "shards", "optional"} & set(entries):
             raise DataError(f"an entry of a State cannot be called {taken.pop()!r}")
         self._schema: Schema | None = None  # of the last snapshot
 
@@ -118,7 +122,11 @@ def prepare(
     _check_shards(state, names)
     for entry, (there, _) in source.entries.items():
         kind = _record_kind(manifest, there)
-        if entry not in state.entries and _asked_for(source, entry, there, kind, restore.partial):
+        if entry in state.entries or not _asked_for(source, entry, there, kind, restore.partial):
+            continue
+        if entry in state.optional:
+            restore.report.unexpected.append(entry)
+        else:
             restore.unexpected(entry, f" (a {kind})")
     # Modules first: how a parameter is converted decides about its optimizer's state.
     for entry in sorted(state.entries, key=lambda entry: state.kinds[entry] != "module"):
@@ -137,7 +145,10 @@ def _prepare_entry(
         restore.report.untouched.append(entry)
         return
     if entry not in source.entries and not (parts and source.below(escape(entry))):
-        restore.missing(entry, f" (a {kind})")
+        if entry in state.optional:
+            restore.report.missing.append(entry)
+        else:
+            restore.missing(entry, f" (a {kind})")
         return
     there, record = source.entries.get(entry, (entry, {}))
     stored = _record_kind(manifest, there) if record else kind

@@ -23,6 +23,7 @@ from torch import Tensor
 
 from harness.errors import ConfigError
 from harness.parallel.buckets import Bucket, Piece, plan_buckets
+from harness.parallel.traffic import allgather_bytes, allreduce_bytes
 
 PATIENCE = 50e-6
 """Seconds between two looks at a reduction. Horovod's own wait spins, and takes the core from the thread that works."""
@@ -52,6 +53,9 @@ class Reducer:
 
         self._where = {"process_set": process_set or hvd.global_process_set}
         self._post = post
+        self._ranks = self._where["process_set"].size()
+        self.sent = 0.0
+        """Bytes that this rank has sent to others, at least."""
         self._expected = False
         trained = [(name, parameter) for name, parameter in parameters if parameter.requires_grad]
         for name, parameter in trained:
@@ -114,8 +118,10 @@ class Reducer:
     def _send(self, filling: _Filling) -> None:
         import horovod.torch as hvd
 
+        flat = filling.load()
+        self.sent += allreduce_bytes(flat.nbytes, self._ranks)
         filling.handle = hvd.allreduce_async_(
-            filling.load(), name=filling.name, op=hvd.Sum, postscale_factor=self._post, **self._where
+            flat, name=filling.name, op=hvd.Sum, postscale_factor=self._post, **self._where
         )
 
     def _receive(self, filling: _Filling) -> None:
@@ -126,6 +132,7 @@ class Reducer:
         import horovod.torch as hvd
 
         for what, tensor in zip(("rows", "values"), rows.load(), strict=True):
+            self.sent += allgather_bytes(tensor.nbytes, self._ranks)
             rows.handles.append(hvd.allgather_async(tensor, name=f"gradients/{rows.name}/{what}", **self._where))
 
     def _receive_rows(self, rows: _Rows) -> None:

@@ -2,7 +2,18 @@
 
 from __future__ import annotations
 
-from harness.section import Positive, Section
+from pydantic import model_validator
+
+from harness.section import Fraction, Positive, PositiveFloat, Section
+
+
+class Outer(Section):
+    """What moves the shared parameters where a round of local steps ends (DiLoCo): SGD with Nesterov momentum."""
+
+    lr: PositiveFloat = 0.7
+    """Times the difference that the ranks' mean makes; 1 with momentum 0 is the mean itself."""
+    momentum: Fraction = 0.9
+    """Of the differences of earlier rounds."""
 
 
 class Parallel(Section):
@@ -10,3 +21,20 @@ class Parallel(Section):
 
     model: Positive = 1
     """Ranks that share one copy of the model, each with a part of its layers (tensor parallel)."""
+    average_every: Positive = 1
+    """Steps that ranks take on their own before their parameters are averaged (local SGD); 1: gradients are, always."""
+    outer: Outer | None = None
+    """How the mean moves the shared parameters, with `average_every`; unset: it replaces them."""
+
+    @property
+    def local(self) -> bool:
+        """Ranks take steps of their own."""
+        return self.average_every > 1
+
+    @model_validator(mode="after")
+    def _fits(self) -> Parallel:
+        if self.outer is not None and not self.local:
+            raise ValueError("outer needs average_every: the steps between two of its own")
+        if self.local and self.model > 1:
+            raise ValueError("average_every takes whole models: it does not go with model, which cuts them")
+        return self

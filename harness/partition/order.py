@@ -58,6 +58,11 @@ class PartOrder:
             start += count
         return np.concatenate(found)
 
+    def weight(self, replica: int, replicas: int) -> float:
+        """The part of all samples that a replica's parts hold."""
+        first, end = (len(self.parts) * r // replicas for r in (replica, replica + 1))
+        return sum(map(len, self.parts[first:end])) / self.samples
+
 
 def check_partition(partition: Partition, path: str, *, samples: int, ranks: int) -> None:
     """Raises ConfigError where it is of another data set, or its parts cannot be shared out evenly."""

@@ -617,3 +617,20 @@ def test_horovods_optimizer_is_the_one_in_it(count: int, tmp_path: Path) -> None
     script = str(Path(__file__).with_name("ranks_optimizers.py"))
     done = ranks(count, [script, str(tmp_path)])
     assert f"{len(OPTIMIZERS) - 2} optimizers on {count} ranks" in done.stdout, done.stdout + done.stderr
+
+
+def test_optional_entries_may_be_on_one_side_only(tmp_path: Path) -> None:
+    """What only one form of training has."""
+    saver = manager(tmp_path)
+    model, buffer = torch.nn.Linear(2, 2), {"w": torch.ones(3)}
+    saver.save(1, State(model=model, momentum=buffer))
+    with pytest.raises(DataError, match=r"only in the checkpoint: momentum"):
+        saver.restore(State(model=model, optional=["other"]))
+    assert saver.restore(State(model=model, optional=["momentum"])) == 1
+    assert saver.report.unexpected == ["momentum"]
+    with pytest.raises(DataError, match=r"missing from the checkpoint: other"):
+        saver.restore(State(model=model, other={"v": torch.zeros(1)}, optional=["momentum"]))
+    kept = {"v": torch.zeros(1)}
+    assert saver.restore(State(model=model, other=kept, momentum={}, optional=["momentum", "other"])) == 1
+    assert saver.report.missing == ["other"] and kept["v"].item() == 0
+    saver.close()

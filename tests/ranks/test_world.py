@@ -86,7 +86,9 @@ def test_an_interval_combines_all_ranks(world: World) -> None:
     for step in range(3):
         meter.add(torch.tensor(float(world.rank + step)))
     clock.seconds["data"] = 3.0 if world.rank == world.size - 1 else 0.3
-    interval = meter.exchange(world, clock, stop=world.rank == world.size - 1, save=False)
+    interval = meter.exchange(
+        world, clock, sent=100.0 * (world.rank + 1), stop=world.rank == world.size - 1, save=False
+    )
     assert interval.loss == np.mean([rank + step for rank in range(world.size) for step in range(3)])
     assert interval.stop
     assert interval.slowest == world.size - 1

@@ -1,0 +1,32 @@
+"""What the forms of training do not go together with; looked at when a config is read.
+
+>>> check_parallel(config)                                                              # doctest: +SKIP
+ValueError: parallel.average_every=8 averages parameters, not gradients: it does not go with train.ema
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from harness.config import Config
+
+
+def check_parallel(config: Config) -> None:
+    """Raises ValueError with all that is in the way."""
+    if config.parallel.local:
+        _refuse(
+            f"parallel.average_every={config.parallel.average_every} averages parameters, not gradients",
+            {
+                "horovod.op": config.horovod.op != "average",
+                "horovod.compression": config.horovod.compression != "none",
+                "train.precision=fp16": config.train.precision == "fp16",
+                "train.ema": config.train.ema is not None,
+                "checkpoint.mode=lazy": config.checkpoint.mode == "lazy",
+            },
+        )
+
+
+def _refuse(why: str, wrong: dict[str, bool]) -> None:
+    if found := [name for name, holds in wrong.items() if holds]:
+        raise ValueError(f"{why}: it does not go with {' and '.join(found)}")

@@ -1,0 +1,20 @@
+"""What crosses the network, in bytes, so that forms of training can be compared. Arithmetic; nothing is measured.
+
+>>> allreduce_bytes(1000, ranks=4)
+1500.0
+"""
+
+from __future__ import annotations
+
+
+def allreduce_bytes(nbytes: int, ranks: int) -> float:
+    """What each rank sends at least to sum a buffer over ranks, and every one to have the sum: 2 (n - 1) / n of it.
+
+    A ring does so (Patarasuk and Yuan 2009, "Bandwidth optimal all-reduce algorithms for clusters of workstations").
+    """
+    return 2 * (ranks - 1) / ranks * nbytes
+
+
+def allgather_bytes(nbytes: int, ranks: int) -> float:
+    """What each rank sends at least, on average, so that all others get its buffer of this size."""
+    return float((ranks - 1) * nbytes)

@@ -1,0 +1,37 @@
+"""Forms of training and what they do not go together with: told when the config is read, all at once."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+from pydantic import ValidationError
+
+from harness.config import Config
+
+RUN = {"name": "x", "task": {"name": "linear"}, "train": {"steps": 1, "global_batch": 8}}
+LOCAL = {"parallel": {"average_every": 4}}
+FP16 = {"train": {"steps": 1, "global_batch": 8, "precision": "fp16", "ema": 0.9}}
+
+
+@pytest.mark.parametrize(
+    ("changes", "told"),
+    [
+        (LOCAL | {"horovod": {"op": "sum"}}, "average_every=4 averages parameters, not gradients: .* with horovod.op"),
+        (LOCAL | {"horovod": {"compression": "fp16"}}, "does not go with horovod.compression"),
+        (LOCAL | FP16, "does not go with train.precision=fp16 and train.ema"),
+        (LOCAL | {"checkpoint": {"mode": "lazy"}}, "does not go with checkpoint.mode=lazy"),
+        ({"parallel": {"average_every": 4, "model": 2}}, "average_every takes whole models"),
+        ({"parallel": {"outer": {}}}, "outer needs average_every"),
+        ({"parallel": {"average_every": 0}}, "greater than 0"),
+    ],
+)
+def test_wrong_combinations(changes: dict[str, Any], told: str) -> None:
+    with pytest.raises(ValidationError, match=told):
+        Config.model_validate(RUN | changes)
+
+
+def test_right_combinations() -> None:
+    config = Config.model_validate(RUN | {"parallel": {"average_every": 4, "outer": {"lr": 0.5}}})
+    assert config.parallel.local and config.parallel.outer is not None and config.parallel.outer.momentum == 0.9
+    assert not Config.model_validate(RUN).parallel.local
