@@ -106,7 +106,7 @@ class StopRequest:
         self._asked = now
         # os.path: False, where Path.exists would raise, when a file system stumbles
         if self.reason is None and self.file is not None and os.path.exists(self.file):
-            self.reason = "the stop file"
+            self.reason = _told(self.file)
         if self.reason is None and self._until is not None and now + self.needs() >= self._until:
             self.reason = f"the time is up in {max(0.0, self._until - now):.0f} s"
         return self.flag
@@ -131,6 +131,14 @@ class SaveRequest:
         if self.file is not None:
             with suppress(OSError):
                 os.unlink(self.file)
+
+
+def _told(file: Path) -> str:
+    """Why there is a stop file, as far as it says so itself."""
+    text = ""
+    with suppress(OSError), open(file, encoding="utf-8", errors="replace") as handle:
+        text = " ".join("".join(filter(str.isprintable, handle.read(200).partition("\n")[0])).split())
+    return f"the stop file: {text}" if text else "the stop file"
 
 
 def _numbers(names: Sequence[str]) -> tuple[signal.Signals, ...]:

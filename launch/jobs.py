@@ -13,11 +13,13 @@ import shutil
 import subprocess
 import time
 from collections.abc import Iterable, Mapping, Sequence
+from contextlib import suppress
 
 PATIENCE = 20.0
 """Seconds a question to Slurm's controller may take."""
 QUEUED = ("PENDING", "REQUEUED", "REQUEUE_HOLD", "REQUEUE_FED", "CONFIGURING", "SPECIAL_EXIT")
 ALIVE = ("RUNNING", "COMPLETING", "SUSPENDED", "STOPPED", "STAGE_OUT", "SIGNALING", "RESIZING")
+_SHOWN = re.compile(r"\b(JobState|Reason|EndTime)=(\S+)")
 _JOB = re.compile(r"[0-9]{1,18}(?:_[0-9]{1,9})?")
 _LIMIT = 1_000_000
 
@@ -51,15 +53,14 @@ def states(jobs: Iterable[str]) -> dict[str, str]:
             job, _, state = line.strip().partition("|")
             found.setdefault(job, state)
     for job in [job for job in missing if job not in found][:20]:  # no accounting: the controller remembers a while
-        if (told := state_of(job)) is not None:
+        if (told := shown(job).get("JobState")) is not None:
             found[job] = told
     return {job: found[job] for job in wanted if job in found}
 
 
-def state_of(job: str) -> str | None:
-    """A job's state as the controller knows it; None where it does not, or does not answer."""
-    match = re.search(r"\bJobState=(\w+)", ask(["scontrol", "--oneliner", "show", "job", job]))
-    return match[1] if match else None
+def shown(job: str) -> dict[str, str]:
+    """What the controller knows of a job: JobState, Reason, EndTime; {} where it knows none or does not answer."""
+    return dict(reversed(_SHOWN.findall(ask(["scontrol", "--oneliner", "show", "job", job]))))
 
 
 def is_queued(state: str | None) -> bool:
@@ -81,11 +82,8 @@ def end_time(environ: Mapping[str, str]) -> float | None:
     job = environ.get("SLURM_JOB_ID", "")
     if not _JOB.fullmatch(job):
         return None
-    match = re.search(
-        r"\bEndTime=(\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d)", ask(["scontrol", "--oneliner", "show", "job", job])
-    )
-    if match:
-        return time.mktime(time.strptime(match[1], "%Y-%m-%dT%H:%M:%S"))
+    with suppress(ValueError):  # there is none, or it is Unknown
+        return time.mktime(time.strptime(shown(job).get("EndTime", ""), "%Y-%m-%dT%H:%M:%S"))
     given = environ.get("SLURM_JOB_END_TIME", "")
     return float(given) if given.isdecimal() and 0 < len(given) < 12 else None
 

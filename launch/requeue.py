@@ -22,8 +22,8 @@ from launch.stop import stopped_by_user
 if TYPE_CHECKING:
     from harness.config import Config
 
-RUNNING = ("RUNNING", "TIMEOUT")
-"""States of a job that may be put back; a cancelled one must not come again, a preempted one Slurm puts back itself."""
+BY_ITSELF = ("PREEMPTED", "NODE_FAIL", "BOOT_FAIL", "REQUEUED", "PENDING")
+"""States of a job that Slurm itself puts back."""
 
 
 def nothing_left(
@@ -54,11 +54,20 @@ def go_on(run: RunDir, config: Config, environ: Mapping[str, str] = os.environ) 
     name = str(job["id"])
     failed = None
     if config.slurm.requeue:
-        failed = _requeue(name)
-        if failed is None:
-            _say(f"job {name} goes back into the queue; it will go on from the saved state")
+        known = jobs.shown(name)
+        state = known.get("JobState", "RUNNING")
+        if state in BY_ITSELF:
+            _say(f"job {name} is {state}: Slurm puts it back into the queue")
             return
-        _say(f"job {name} could not be put back into the queue: {failed}")
+        if state == "RUNNING" or known.get("Reason") == "TimeLimit":  # a cancelled one must not come again
+            _say(f"job {name} goes back into the queue, to go on from the saved state")  # its end may come at once
+            done = jobs.call(["scontrol", "requeue", name])
+            if done.returncode == 0:
+                return
+            failed = f"{done.stdout}{done.stderr}".strip()[:500] or f"code {done.returncode}"
+            _say(f"job {name} could not be put back into the queue: {failed}")
+        else:
+            _say(f"job {name} is {state}: it does not go back into the queue")  # a follow-up of a chain still comes
     others = [other for other in map(str, read_object(run.root / "submitted.json").get("jobs") or []) if other != name]
     waiting = [other for other, state in jobs.states(others).items() if jobs.is_queued(state)]
     if waiting:
@@ -69,15 +78,6 @@ def go_on(run: RunDir, config: Config, environ: Mapping[str, str] = os.environ) 
             f"sbatch {shlex.quote(str(script))}" if script.exists() else f"harness submit {shlex.quote(str(run.root))}"
         )
         _say(f"type, where Slurm's commands are: {again}")
-
-
-def _requeue(job: str) -> str | None:
-    """Put a job back; None, or a sentence on why not."""
-    state = jobs.state_of(job)
-    if state is not None and state not in RUNNING:
-        return f"it is {state}"
-    done = jobs.call(["scontrol", "requeue", job])
-    return None if done.returncode == 0 else f"{done.stdout}{done.stderr}".strip()[:500] or f"code {done.returncode}"
 
 
 def _say(text: str) -> None:

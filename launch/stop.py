@@ -16,6 +16,8 @@ from launch.runs import Life, look
 
 BY_USER = "asked by"
 """How a stop file begins that `harness stop` has made."""
+BY_SIGNAL = "signal"
+"""How one begins that `harness run` has made because a signal came; what a person makes says something else."""
 
 
 def stop(run: RunDir, *, wait: bool = False, timeout: float | None = None) -> int:
@@ -45,7 +47,7 @@ def stopped_by_user(run: RunDir) -> str | None:
         text = run.stop.read_text(encoding="utf-8", errors="replace")[:200].strip()
     except OSError:
         return None
-    return None if text == "signal" else text or "a stop file"
+    return None if text.split(" ")[0] == BY_SIGNAL else text or "a stop file"
 
 
 def _ask(run: RunDir) -> None:

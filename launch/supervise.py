@@ -31,6 +31,7 @@ from launch import processes
 from launch.command import Command
 from launch.console import Parted
 from launch.report import Ending, judge
+from launch.stop import BY_SIGNAL
 from launch.watch import Watch, oom_kills
 
 if TYPE_CHECKING:
@@ -52,8 +53,11 @@ class Requests:
     stops: int = 0
     asked: bool = False
     """The ranks have been asked to stop."""
+    first: str = ""
+    """The name of the first signal that came."""
 
     def take(self, number: int, frame: FrameType | None) -> None:
+        self.first = self.first or signal.Signals(number).name.removeprefix("SIG")
         if number == signal.SIGINT:
             self.interrupts += 1
         else:
@@ -132,7 +136,7 @@ def _follow(
         streams.pump(0.1)
         if requests.interrupts + requests.stops and not requests.asked:
             requests.asked = True
-            _ask_to_stop(run, "Ctrl-C again ends now" if requests.interrupts else "SIGINT ends now")
+            _ask_to_stop(run, requests.first, "Ctrl-C again ends now" if requests.interrupts else "SIGINT ends now")
             requests.interrupts = 0
         elif requests.asked and requests.interrupts:
             say("ending now")
@@ -159,10 +163,10 @@ def _ends_with(parent: int) -> Callable[[], None]:
     return child
 
 
-def _ask_to_stop(run: RunDir, then: str) -> None:
+def _ask_to_stop(run: RunDir, signals: str, then: str) -> None:
     try:
         with contextlib.suppress(FileExistsError), open(run.stop, "x") as file:
-            file.write("signal\n")  # what a person makes says something else, or nothing
+            file.write(f"{BY_SIGNAL} {signals}\n")
     except OSError as error:
         say(f"the stop file {run.stop} cannot be written ({error.strerror}); {then}")
     else:

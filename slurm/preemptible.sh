@@ -14,5 +14,7 @@
 ##SBATCH --partition=preemptible
 ##SBATCH --account=...
 
+# mpirun gives ranks 2 seconds from SIGTERM to the kill, whatever Slurm does; srun leaves that to Slurm (KillWait, 30)
+export OMPI_MCA_odls_base_sigkill_timeout=20
 # module load openmpi hdf5/parallel; source .venv/bin/activate
 exec harness run "$@" checkpoint.interval=5m slurm.requeue=true

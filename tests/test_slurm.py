@@ -47,14 +47,14 @@ class Held(Small):
 
     def loss(self, model, batch):
         if model.training and os.path.exists("hold") and self.calls >= 5:
-            time.sleep(0.2)
+            time.sleep(0.5)
         return super().loss(model, batch)
 """
 
 
 @pytest.fixture(scope="module")
 def cluster() -> Iterator[MiniSlurm]:
-    slurm = MiniSlurm(nodes=2, cpus=4, isolate=True, kill_wait=3, user=getpass.getuser())
+    slurm = MiniSlurm(nodes=2, cpus=4, isolate=True, kill_wait=15, user=getpass.getuser())
     try:
         slurm.start(timeout=60)
     except (RuntimeError, TimeoutError, OSError, subprocess.SubprocessError) as error:
@@ -94,8 +94,12 @@ class Site:
             assert time.monotonic() < end, f"waited for {what} in vain: {self.slurm.run('squeue').stdout}{logs}"
             time.sleep(0.1)
 
-    def trains(self, step: int = 6) -> None:
-        self.until(lambda: self.status().get("state") == "running" and self.status()["step"] >= step, "training")
+    def trains(self, step: int = 6, name: str = "runs/run") -> None:
+        def does() -> bool:
+            status = self.status(name)
+            return status.get("state") == "running" and status["step"] >= step
+
+        self.until(does, "training")
 
     def ends(self, job: int | str, *states: str) -> str:
         try:
@@ -107,13 +111,17 @@ class Site:
         return "".join(path.read_text() for path in sorted(self.folder.glob(f"runs/**/slurm-{job}*.log")))
 
 
+def make_site(cluster: MiniSlurm, folder: Path) -> Site:
+    (folder / "run.yaml").write_text(CONFIG)
+    (folder / "held.py").write_text(TASK)
+    (folder / "tasks_for_tests.py").write_bytes((ROOT / "tests" / "tasks_for_tests.py").read_bytes())
+    return Site(cluster, folder)
+
+
 @pytest.fixture
 def site(cluster: MiniSlurm, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Site]:
     monkeypatch.chdir(tmp_path)
-    (tmp_path / "run.yaml").write_text(CONFIG)
-    (tmp_path / "held.py").write_text(TASK)
-    (tmp_path / "tasks_for_tests.py").write_bytes((ROOT / "tests" / "tasks_for_tests.py").read_bytes())
-    yield Site(cluster, tmp_path)
+    yield make_site(cluster, tmp_path)
     cluster.run("scancel", "--user", getpass.getuser(), check=False)
     cluster.wait_empty(30)
 
@@ -163,11 +171,10 @@ def test_ready_scripts_for_one_node_arrays_and_chains(site: Site) -> None:
     assert all(site.status(str(name))["state"] == "finished" for name in found)
 
 
-@pytest.mark.slow
 def test_a_preempted_run_goes_on(site: Site) -> None:
-    """Not warned at all, as on some sites: what was done since the last checkpoint is done again."""
+    """Told by SIGTERM and nothing else, as on most sites: it saves what it can before the kill."""
     (site.folder / "hold").touch()
-    words = ("run.yaml", "launch.ranks=1", "checkpoint.every=2")
+    words = ("run.yaml", "launch.ranks=1", "train.steps=400")
     job = submitted(site, str(ROOT / "slurm/preemptible.sh"), *words)
     site.trains(6)
     urgent = submitted(site, "--partition=urgent", "--nodes=2", "--exclusive", "--wrap=true")
@@ -176,8 +183,9 @@ def test_a_preempted_run_goes_on(site: Site) -> None:
     site.ends(job, "COMPLETED")
     assert site.slurm.info(job)["Restarts"] == "1"
     log = (site.folder / f"harness-{job}.log").read_text()
+    assert "of 400 (signal TERM), state saved" in log
     assert "resumed from the checkpoint at step" in log
-    assert (site.status()["state"], site.status()["step"]) == ("finished", 30)
+    assert (site.status()["state"], site.status()["step"]) == ("finished", 400)
 
 
 def parameters(run: Path) -> dict[str, bytes]:
@@ -187,33 +195,100 @@ def parameters(run: Path) -> dict[str, bytes]:
         return {name: checkpoint.read(name).tobytes() for name in checkpoint.names() if not name.startswith("extra")}
 
 
-TWO_NODES: Sequence[str] = ("launch.launcher=srun", "slurm.nodes=2", "slurm.ranks_per_node=1")
+TWO_NODES: Sequence[str] = ("slurm.nodes=2", "slurm.ranks_per_node=1", "train.steps=200")
 
 
-def test_two_nodes_and_a_requeue_end_like_an_undisturbed_run(site: Site) -> None:
-    """The undisturbed run with srun; the other with mpirun, told to stop as Slurm tells it before the time limit."""
-    (job,) = site.submit(*TWO_NODES, "run_dir=runs/calm")
+@pytest.fixture(scope="module")
+def calm(cluster: MiniSlurm, tmp_path_factory: pytest.TempPathFactory) -> Callable[[], dict[str, bytes]]:
+    """The last parameters of a run on two nodes that nobody disturbs; it runs beside the test that asks first."""
+    folder = tmp_path_factory.mktemp("calm")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)
+        site = make_site(cluster, folder)
+        (job,) = site.submit(*TWO_NODES, "launch.launcher=srun")
+
+    def result() -> dict[str, bytes]:
+        site.ends(job, "COMPLETED")
+        assert len(RunDir(folder / "runs/run").attempts()) == 1
+        return parameters(folder / "runs/run")
+
+    return result
+
+
+def test_a_run_goes_on_beyond_the_time_limit_as_if_there_were_none(
+    calm: Callable[[], dict[str, bytes]], site: Site
+) -> None:
+    """Slurm's own clock: it warns two of the jobs before their limit, and ends the third, which saves meanwhile."""
     (site.folder / "hold").touch()
-    (other,) = site.submit(*TWO_NODES, "launch.launcher=mpirun", "slurm.requeue=true")
-    site.trains()
-    site.slurm.run("scancel", "--batch", "--signal=USR2", str(other))
-    site.until(lambda: site.status().get("state") == "stopped", "the stop")
+    ids = {
+        name: site.submit(*TWO_NODES, f"run_dir=runs/{name}", f"launch.launcher={launcher}", "slurm.requeue=true")[0]
+        for name, launcher in (("srun", "srun"), ("mpirun", "mpirun"), ("limit", "srun"))
+    }
+    for name, job in ids.items():
+        site.trains(name=f"runs/{name}")
+        # the limit itself is in whole minutes; Slurm looks at its jobs every 30 seconds
+        site.slurm.run("scontrol", "update", f"jobid={job}", f"EndTime=now+{3 if name == 'limit' else 80}")
+    expected = calm()
+    for name in ids:
+        site.until(lambda name=name: site.status(f"runs/{name}").get("state") == "stopped", f"the stop of {name}")
     (site.folder / "hold").unlink()
-    site.ends(other, "COMPLETED")
-    assert site.slurm.info(other)["Restarts"] == "1"
-    site.ends(job, "COMPLETED")
-    for name in ("runs/calm", "runs/run"):
-        assert (site.status(name)["state"], site.status(name)["step"]) == ("finished", 30)
-    assert f"job {other} goes back into the queue" in site.log(other)
-    assert "resumed from the checkpoint at step" in site.log(other)
-    first, second = RunDir(site.folder / "runs/run").attempts()
-    told = [json.loads(attempt.command.read_text()) for attempt in (first, second)]
-    assert [entry["slurm"]["restarts"] for entry in told] == [0, 1]
-    assert [len(entry["hosts"]) for entry in told] == [2, 2]
-    assert parameters(site.folder / "runs/run") == parameters(site.folder / "runs/calm")
+    for name, job in ids.items():
+        site.until(lambda job=job: site.slurm.state(job) == "COMPLETED", f"the end of {name}")
+        log = site.log(job)
+        assert (site.status(f"runs/{name}")["state"], site.status(f"runs/{name}")["step"]) == ("finished", 200), log
+        why = "signal TERM" if name == "limit" else "the stop file: signal USR2"
+        assert f"of 200 ({why}), state saved" in log
+        assert ("DUE TO TIME LIMIT" in log) == (name == "limit")
+        assert f"job {job} goes back into the queue" in log
+        assert "resumed from the checkpoint at step" in log
+        told = [json.loads(one.command.read_text()) for one in RunDir(site.folder / f"runs/{name}").attempts()]
+        assert [entry["slurm"]["restarts"] for entry in told][:2] == [0, 1]
+        assert {len(entry["hosts"]) for entry in told} == {2}
+        assert parameters(site.folder / f"runs/{name}") == expected
     shown = site.harness("status")
-    assert "calm" in shown
-    assert shown.count("finished") == 2
+    assert [line.split()[:3] for line in shown.splitlines()[1:]] == [[n, "finished", "200/200"] for n in sorted(ids)]
+
+
+def test_a_node_that_goes_down(calm: Callable[[], dict[str, bytes]], site: Site) -> None:
+    """Its power fails. One job goes on without it; Slurm puts the other back into the queue until the node is there."""
+    (site.folder / "hold").touch()
+    words = (*TWO_NODES, "checkpoint.every=5")
+    fewer = ("restart.most=1", "restart.min_ranks=1", "restart.backoff=1s", "slurm.extra={no-kill: null}")
+    (first,) = site.submit(*words, "run_dir=runs/fewer", "launch.launcher=mpirun", *fewer)
+    (second,) = site.submit(*words, "run_dir=runs/again", "launch.launcher=srun")
+    for name in ("fewer", "again"):
+        site.trains(name=f"runs/{name}")
+    site.slurm.kill_node(2)
+    try:
+        site.until(lambda: len(RunDir(site.folder / "runs/fewer").attempts()) == 2, "a start without the node")
+        ending = json.loads(RunDir(site.folder / "runs/fewer").attempt(1).ending.read_text())
+        assert (ending["kind"], ending["host"], ending["restart"]) == ("lost", "n2", True)
+        # what Slurm finds out by itself some time after SlurmdTimeout
+        site.slurm.run("scontrol", "update", "nodename=n2", "state=down", "reason=power")
+        site.until(lambda: site.slurm.info(second)["Restarts"] == "1", "the requeue")
+    finally:
+        site.slurm.start_node(2)
+        (site.folder / "hold").unlink()
+        site.slurm.run("scontrol", "update", "nodename=n2", "state=resume", check=False)
+    site.ends(first, "COMPLETED")
+    assert (site.status("runs/fewer")["state"], site.status("runs/fewer")["world"]) == ("finished", 1)
+    assert "the host n2 is gone" in site.log(first)
+    site.until(lambda: site.slurm.state(second) == "COMPLETED", "the end of the job that was put back")
+    assert (site.status("runs/again")["state"], site.status("runs/again")["world"]) == ("finished", 2)
+    assert "resumed from the checkpoint at step" in site.log(second)
+    assert parameters(site.folder / "runs/again") == calm()
+
+
+def test_ranks_that_srun_has_started_without_harness_run_stop_by_a_signal(site: Site) -> None:
+    (site.folder / "hold").touch()
+    ranks = f"exec srun --mpi=pmix --kill-on-bad-exit=1 {sys.executable} -m harness run.yaml train.steps=200"
+    job = submitted(site, "--nodes=2", "--ntasks-per-node=1", "--output=slurm-%j.log", "--wrap", ranks)
+    site.trains()
+    site.slurm.run("scancel", "--signal=USR1", str(job))  # to the steps, not to the batch shell
+    assert site.ends(job, "FAILED", "COMPLETED") == "FAILED"
+    assert site.slurm.info(job)["ExitCode"] == "75:0"
+    assert (site.status()["state"], site.status()["last_checkpoint"]) == ("stopped", site.status()["step"])
+    assert "(signal USR1), state saved" in site.status()["summary"]
 
 
 @pytest.mark.slow

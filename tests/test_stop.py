@@ -83,6 +83,22 @@ def test_the_file(tmp_path: Path) -> None:
     assert request.reason == "the stop file"
 
 
+@pytest.mark.parametrize(
+    ("text", "told"),
+    [
+        (b"asked by me on n1\nmore", "the stop file: asked by me on n1"),
+        (b"signal USR2\n", "the stop file: signal USR2"),
+        (b"\x1b[2J \t \xff\0x" + b"y" * 10**6, "the stop file: [2J \ufffdx" + "y" * 190),
+        (b"  \n", "the stop file"),
+    ],
+)
+def test_the_file_says_who_asked(text: bytes, told: str, tmp_path: Path) -> None:
+    (tmp_path / "stop").write_bytes(text)
+    request = StopRequest(tmp_path / "stop")
+    assert request.wanted()
+    assert request.reason == told
+
+
 class Time:
     """A clock that stands still."""
 

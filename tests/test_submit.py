@@ -238,8 +238,9 @@ def test_a_follow_up_job_ends_where_a_person_has_stopped_the_run(text: str, over
     assert (nothing_left(run, config, follow_up=True, environ=JOB) is not None) == over
 
 
-def test_a_job_goes_back_into_the_queue(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    fake(here, "scontrol", '[ "$1" = requeue ] && echo "$@" >>calls || echo "JobState=RUNNING Reason=None"')
+@pytest.mark.parametrize("known", ["JobState=RUNNING Reason=None", "JobState=COMPLETING Reason=TimeLimit"])
+def test_a_job_goes_back_into_the_queue(known: str, here: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    fake(here, "scontrol", f'[ "$1" = requeue ] && echo "$@" >>calls || echo "{known}"')
     run, config = a_run(requeue=True)
     run.stop.write_text("signal\n")
     array = {"SLURM_JOB_ID": "19", "SLURM_ARRAY_JOB_ID": "17", "SLURM_ARRAY_TASK_ID": "1"}
@@ -251,14 +252,18 @@ def test_a_job_goes_back_into_the_queue(here: Path, capsys: pytest.CaptureFixtur
 
 @pytest.mark.parametrize("why", ["cancelled", "preempted", "by a person", "outside a job", "not asked for"])
 def test_a_job_that_must_not_come_back(why: str, here: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    state = why.upper() if why in ("cancelled", "preempted") else "RUNNING"
+    state = {"cancelled": "COMPLETING", "preempted": "PREEMPTED"}.get(why, "RUNNING")
     fake(here, "scontrol", f'[ "$1" = requeue ] && echo "$@" >>calls || echo "JobState={state} Reason=None"')
     run, config = a_run(requeue=why != "not asked for")
     run.stop.write_text("asked by me" if why == "by a person" else "signal")
     go_on(run, config, {} if why == "outside a job" else JOB)
     assert not (here / "calls").exists()
     said = capsys.readouterr().err
-    assert (f"could not be put back into the queue: it is {state}" in said) == (state != "RUNNING")
+    told = {
+        "cancelled": "job 17 is COMPLETING: it does not go back into the queue\n",
+        "preempted": "job 17 is PREEMPTED: Slurm puts it back into the queue\n",
+    }
+    assert said == told.get(why, "")
 
 
 def test_where_requeueing_fails_the_chained_job_goes_on(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
