@@ -171,8 +171,9 @@ class Rank:
             number = world.comm.broadcast(self._new_attempt() if world.is_root else None)
         if self.environment.elastic or self.attempt is None:
             self._use(self.run_dir.attempt(int(str(number))))
-            if world.is_root and self.attempt is not None:
-                self.attempt.forget(world.size)
+            for error in self.attempt.forget(world.size) if world.is_root and self.attempt is not None else []:
+                what = f"rank {error.get('rank')} on {error.get('host')} failed at step {error.get('step')}"
+                print(f"survived: {what}: {error.get('type')}: {error.get('message')}", flush=True)
 
     def _use(self, attempt: Attempt) -> None:
         self.attempt = attempt

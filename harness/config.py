@@ -268,7 +268,7 @@ class Restart(Section):
     longest: Duration = 300.0
     """The longest wait."""
     min_ranks: Positive | None = None
-    """Go on with fewer ranks, at least so many, where a host is gone; unset: only with all. The global batch stays."""
+    """Go on with fewer ranks, at least so many, where a host is gone; unset: only with all (launch.elastic: with 1)."""
 
 
 class Launch(Section):
@@ -282,6 +282,12 @@ class Launch(Section):
     """Hosts and slots as `a:2,b:2`."""
     hostfile: str | None = None
     """A file with a line `host slots=N` per host."""
+    elastic: bool = False
+    """Ranks come and go while the run trains (horovodrun over Gloo): a rank that dies is dropped with its host."""
+    max_ranks: Positive | None = None
+    """elastic: the most ranks; unset: `ranks`."""
+    discover: str | None = None
+    """elastic: a command that prints lines `host:slots`, asked every second; unset: the file `hosts` of the run."""
     threads: Positive | None = None
     """CPU threads per rank (OMP_NUM_THREADS); unset: the node's cores divided by its ranks."""
     bind: Literal["none", "core", "socket"] = "none"
@@ -382,6 +388,8 @@ class Config(Section):
         check_parallel(self)
         if self.launch.hosts is not None and self.launch.hostfile is not None:
             raise ValueError("give launch.hosts or launch.hostfile, not both")
+        if not self.launch.elastic and (self.launch.max_ranks, self.launch.discover) != (None, None):
+            raise ValueError("launch.max_ranks and launch.discover go with launch.elastic=true only")
         return self
 
 

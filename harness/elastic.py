@@ -98,15 +98,15 @@ def survive(train: Callable[[Elastic], None]) -> None:
             train(elastic)
             return
         except HostsChanged:
-            pass
-        except HorovodInternalError as error:
+            why = "the hosts have changed"
+        except HorovodInternalError:
             step = -1 if elastic.memory is None else elastic.memory.step
             vain, remembered = (vain + 1 if step <= remembered else 1), step
             if vain > IN_VAIN:
                 raise
-            print(f"another rank is gone: {str(error).splitlines()[0]}", flush=True)
-        # not in the handlers: the exception would keep the job that failed, with its model
-        gc.collect()
+            why = "another rank is gone"
+        print(f"{why}: waiting for horovodrun to say who goes on", flush=True)
+        gc.collect()  # the job with its model; not in a handler, where the exception keeps them
         rejoin()
         elastic.announced = False
 
@@ -118,7 +118,6 @@ def rejoin() -> None:
     """
     hvd.shutdown()
     Horovod.begin_anew()
-    print("waiting for the launcher to say who goes on", flush=True)
     cores = resource.getrlimit(resource.RLIMIT_CORE)
     with suppress(ValueError, OSError):
         resource.setrlimit(resource.RLIMIT_CORE, (0, cores[1]))

@@ -7,6 +7,7 @@ RUN/config.yaml            the frozen config: `harness run RUN` goes on with it
     metrics.jsonl          one line per log interval, evaluation and event
     checkpoints/           see `harness.checkpoint`
     stop                   when this file appears, the run saves its state and stops
+    hosts                  the hosts of an elastic run, `name:slots` per line; change it while it runs
     save                   when this file appears, the run makes a checkpoint and removes it
     attempts/0001/         one per start of the run
         command.json       what was started, where, with what environment
@@ -73,13 +74,18 @@ class Attempt:
         found = [parse(_read_object(path)) for path in (self.root / "heartbeats").glob("rank-*.json")]
         return {one.rank: one for one in sorted(filter(None, found), key=lambda one: one.rank)}
 
-    def forget(self, size: int) -> None:
-        """A new world of so many ranks begins: what other ones have left no longer tells how this attempt ends."""
+    def forget(self, size: int) -> list[dict[str, Any]]:
+        """A new world of so many ranks begins: what others have left no longer tells how this attempt ends.
+
+        Returns the errors that were survived; their files stay, under another name.
+        """
+        survived = self.errors()
         for path in (self.root / "heartbeats").glob("rank-*.json"):
             if int(path.stem.removeprefix("rank-")) >= size:
                 path.unlink(missing_ok=True)
         for path in (self.root / "errors").glob("rank-*.json"):
             os.replace(path, path.with_name(f"survived-{time.time_ns()}-{path.name}"))
+        return survived
 
     @property
     def stacks(self) -> Path:
@@ -120,6 +126,10 @@ class RunDir:
     @property
     def tensorboard(self) -> Path:
         return self.root / "tensorboard"
+
+    @property
+    def hosts(self) -> Path:
+        return self.root / "hosts"
 
     @property
     def stop(self) -> Path:

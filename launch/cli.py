@@ -70,6 +70,12 @@ Restarts = Annotated[
 MinRanks = Annotated[
     int | None, typer.Option("--min-ranks", min=1, help="Go on with so many ranks at least where a host is gone.")
 ]
+Elastic = Annotated[bool, typer.Option("--elastic", help="Ranks come and go while it trains (horovodrun over Gloo).")]
+MaxRanks = Annotated[int | None, typer.Option("--max-ranks", min=1, help="Elastic: the most ranks.")]
+Discover = Annotated[
+    str | None,
+    typer.Option("--discover", metavar="COMMAND", help="Elastic: what prints hosts, as lines host:slots."),
+]
 Sites = Annotated[list[str] | None, typer.Option("--site", help="A site file of configs/sites, by name or path.")]
 
 
@@ -99,6 +105,9 @@ def run(
     ] = False,
     restarts: Restarts = None,
     min_ranks: MinRanks = None,
+    elastic: Elastic = False,
+    max_ranks: MaxRanks = None,
+    discover: Discover = None,
 ) -> int:
     """Start a run, or go on with it, and stay until it ends. Ctrl-C saves and stops."""
     from harness.batch import plan_of
@@ -112,9 +121,9 @@ def run(
     from launch.timelimit import time_limit
 
     values = [*(overrides or []), *_flags(ranks, hosts, hostfile, launcher)]
+    values += _elastic(elastic, min_ranks, max_ranks, discover)
     values += [f"stop.time={time}"] if time is not None else []
     values += [f"restart.most={restarts}"] if restarts is not None else []
-    values += [f"restart.min_ranks={min_ranks}"] if min_ranks is not None else []
     settings = resolve(config, values, sites=site or []).config
     if (why := nothing_left(RunDir(Path(settings.directory)), settings, follow_up=follow_up)) is not None:
         _tell(why)
@@ -206,16 +215,21 @@ def show(
     hostfile: Hostfile = None,
     launcher: Launcher = None,
     site: Sites = None,
+    min_ranks: MinRanks = None,
+    elastic: Elastic = False,
+    max_ranks: MaxRanks = None,
+    discover: Discover = None,
 ) -> None:
     """Print what `run` would do: the config with the origin of every value, batch, command, batch script."""
     from harness.resolve import resolve
     from launch.show import show as show_all
 
-    values = [*(overrides or []), *_flags(ranks, hosts, hostfile, launcher)]
+    going = _elastic(elastic, min_ranks, max_ranks, discover)
+    values = [*(overrides or []), *_flags(ranks, hosts, hostfile, launcher), *going]
     sites = [word for name in site or [] for word in ("--site", name)]
     resolved = resolve(config, values, sites=site or [])
     # inside a job the job's own hosts count, so -H and --hostfile are for here only
-    again = [str(config), *(overrides or []), *_flags(ranks, None, None, launcher), *sites]
+    again = [str(config), *(overrides or []), *_flags(ranks, None, None, launcher), *going, *sites]
     show_all(resolved, [str(config), *values, *sites], again)
 
 
@@ -322,6 +336,13 @@ def _flags(ranks: int | None, hosts: str | None, hostfile: Path | None, launcher
     flags += [f"launch.hostfile={hostfile}", "launch.hosts=null"] if hostfile is not None else []
     flags += [f"launch.launcher={launcher}"] if launcher is not None else []
     return flags
+
+
+def _elastic(elastic: bool, least: int | None, most: int | None, discover: str | None) -> list[str]:
+    values = ["launch.elastic=true"] if elastic or most is not None or discover is not None else []
+    values += [f"restart.min_ranks={least}"] if least is not None else []
+    values += [f"launch.max_ranks={most}"] if most is not None else []
+    return values + ([f"launch.discover={discover}"] if discover is not None else [])
 
 
 if __name__ == "__main__":

@@ -35,6 +35,17 @@ _KEEP_HOME = re.compile(r".*CUDA_VISIBLE_DEVICES|HOROVOD_(RANK|SIZE|LOCAL_.*|CRO
 
 
 @dataclass(frozen=True)
+class Elastic:
+    """Between how many ranks, and the shell command that tells horovodrun the hosts. A host whose rank has failed stays
+    out for `cooldown` seconds, twice as long each time, between these bounds."""
+
+    least: int
+    most: int
+    discover: str
+    cooldown: tuple[int, int]
+
+
+@dataclass(frozen=True)
 class Job:
     """What is to run where, with nothing left to find out. `hosts` says how many ranks each host gets."""
 
@@ -57,6 +68,8 @@ class Job:
     slurm_mpi: str = "pmix"
     gloo: bool = False
     """horovodrun only: its Gloo controller, without MPI."""
+    elastic: Elastic | None = None
+    """horovodrun over Gloo only: ranks come and go."""
     flags: tuple[str, ...] = ()
     env: dict[str, str] = field(default_factory=dict)
     """Set for every rank, whatever else is said here."""
@@ -188,9 +201,18 @@ def _srun(job: Job) -> list[str]:
 
 
 def _horovodrun(job: Job) -> list[str]:
-    argv = [job.horovodrun, "-np", str(job.ranks), "-H", show(job.hosts), "--gloo" if job.gloo else "--mpi"]
+    argv = [job.horovodrun, "-np", str(job.ranks)]
+    if job.elastic is None:
+        argv += ["-H", show(job.hosts), "--gloo" if job.gloo else "--mpi"]
+    else:
+        elastic = job.elastic
+        argv += ["--gloo", "--min-np", str(elastic.least), "--max-np", str(elastic.most)]
+        argv += ["--host-discovery-script", elastic.discover]
+        argv += ["--blacklist-cooldown-range", *map(str, elastic.cooldown)]
     if job.interfaces is not None:
         argv += ["--network-interfaces", job.interfaces]
+    elif job.elastic is not None and all(is_local(host.name) for host in job.hosts):
+        argv += ["--network-interfaces", "lo"]  # else it waits for a second host, to find out which ones both have
     if not job.gloo and job.flags:
         argv += [f"--mpi-args={shlex.join(job.flags)}"]
     if not job.gloo and job.bind != "none":

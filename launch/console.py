@@ -22,6 +22,11 @@ _LINE = re.compile(
 _HYDRA = re.compile(  # Hydra says on stdout that ranks have ended badly
     rb"={70,}\s*$|=   |YOUR APPLICATION TERMINATED WITH|This typically refers to a problem|Please see the FAQ page for"
 )
+_HOROVODRUN = re.compile(  # on either stream, about ranks that have ended; the shell tells of its own children
+    rb"Process \d+ exit with status code \d+\.|Terminating remaining workers after failure|(WARNING|ERROR):root:"
+    rb"|\[\S+ \S+: E \S+/operations\.cc:\d+\]|terminate called after throwing an instance of 'std::runtime_error'"
+    rb"|  what\(\):  \S+ has been removed from elastic job|(Killed|Terminated|Aborted)( \(core dumped\))?\s*$"
+)
 _TAG = re.compile(rb"\[(?:\d+,)?\d+\]<std(?:out|err)>:?")  # horovodrun's, before every piece that a rank wrote
 _START = (b"---", b"===", b"=   ", b"[", b"srun:", b"slurmstepd", b"mpirun:", b"application", b"Abort(")
 _MOST = 60
@@ -82,7 +87,7 @@ class Parted:
         if self._errors and _RULE.fullmatch(line):
             self._block = [line]
             return b""
-        if (_LINE if self._errors else _HYDRA).match(line):
+        if (_LINE if self._errors else _HYDRA).match(line) or (self._tagged and _HOROVODRUN.match(line)):
             self._keep([line])
             return b""
         return line

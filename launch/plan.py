@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import os
 import re
+import shlex
 import shutil
 import subprocess
 import sys
@@ -19,9 +20,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from harness.errors import ConfigError, Unavailable
+from harness.rundir import RunDir
 from launch import hosts as hosts_module
 from launch import mpi as mpi_module
-from launch.command import Command, Job, Launcher, build
+from launch.command import Command, Elastic, Job, Launcher, build
 from launch.hosts import Allocation, Placement
 from launch.mpi import Mpi
 from launch.nodelist import Host
@@ -29,6 +31,8 @@ from launch.nodelist import Host
 if TYPE_CHECKING:
     from harness.config import Config
 
+UNKNOWN = "discovered"
+"""Stands for the hosts of an elastic run that only its discovery command knows."""
 _VARIABLE = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
 
 
@@ -41,6 +45,8 @@ class Plan:
     command: Command
     allocation: Allocation
     notes: tuple[str, ...] = ()
+    hosts: str | None = None
+    """What the run directory's file `hosts` says when an elastic run starts; None where nobody asks it."""
 
     def with_env(self, env: Mapping[str, str]) -> Plan:
         """The same start with more variables for the ranks."""
@@ -62,9 +68,13 @@ def make_plan(
             raise ConfigError(f"launch.env: {name!r} is no name of an environment variable")
     allocation = hosts_module.find(launch.hosts, launch.hostfile, environ)
     ranks = launch.ranks or default_ranks(allocation)
+    elastic = _elastic(config, ranks) if launch.elastic else None
+    if launch.discover is not None:  # which hosts there are is told later
+        allocation = Allocation("given", launch.discover, (Host(UNKNOWN, ranks),), cores=allocation.cores)
     placement = hosts_module.place(allocation, ranks)
-    launcher, mpi = choose(launch.launcher, config.slurm.mpi, allocation, environ, probe_srun)
-    gloo = launcher == "horovodrun" and (mpi is None or _wants_gloo({**environ, **launch.env}))
+    wanted = launch.launcher if elastic is None else "horovodrun"
+    launcher, mpi = choose(wanted, config.slurm.mpi, allocation, environ, probe_srun)
+    gloo = launcher == "horovodrun" and (mpi is None or elastic is not None or _wants_gloo({**environ, **launch.env}))
     cores = config.slurm.cpus_per_rank or cores_per_rank(allocation, placement, environ)
     given = environ.get("OMP_NUM_THREADS", "")
     job = Job(
@@ -81,6 +91,7 @@ def make_plan(
         mpi_io=launch.mpi_io,
         slurm_mpi=config.slurm.mpi,
         gloo=gloo,
+        elastic=elastic,
         horovodrun=_horovodrun(environ) if launcher == "horovodrun" else "horovodrun",
         flags=tuple(launch.mpi_flags),
         env=dict(launch.env),
@@ -90,7 +101,28 @@ def make_plan(
     notes = [placement.note] if placement.note else []
     if gloo and launch.mpi_flags:
         notes.append("launch.mpi_flags are not used: horovodrun starts the ranks without MPI")
-    return Plan(job, mpi, build(job, mpi), allocation, tuple(notes))
+    hosts = None
+    if elastic is not None and launch.discover is None:
+        room = hosts_module.place(allocation, max(ranks, min(elastic.most, allocation.slots)))
+        hosts = "".join(f"{host}\n" for host in room.hosts)
+    return Plan(job, mpi, build(job, mpi), allocation, tuple(notes), hosts)
+
+
+def _elastic(config: Config, ranks: int) -> Elastic:
+    if config.launch.launcher not in ("auto", "horovodrun"):
+        raise ConfigError(f"launch.elastic goes with the launcher horovodrun, not with {config.launch.launcher}")
+    if config.parallel.model > 1:
+        raise ConfigError("launch.elastic goes with parallel.model=1 only: a part of a model is of no use alone")
+    least, most = config.restart.min_ranks or 1, config.launch.max_ranks or ranks
+    if not least <= ranks <= most:
+        raise ConfigError(
+            f"an elastic run of {least} to {most} ranks cannot start with {ranks}",
+            hint="-n is between --min-ranks and --max-ranks",
+        )
+    file = RunDir(Path(os.path.abspath(config.directory))).hosts
+    discover = config.launch.discover or shlex.join(["cat", str(file)])
+    low = min(max(1, round(config.restart.backoff)), 3600)
+    return Elastic(least, most, discover, (low, min(max(low, round(config.restart.longest)), 3600)))
 
 
 def default_ranks(allocation: Allocation) -> int:

@@ -41,6 +41,7 @@ _LOST = (  # words of Open MPI, Slurm and Hydra for a host that is gone; the gro
     re.compile(r"ORTE (?:has lost communication with a remote daemon|was unable to reliably start)()"),
     re.compile(r"(?i)srun: error: (?:Node failure|.*lost (?:node|connection to) (\S+))"),
 )
+_HOROVODRUN = re.compile(r"Process (\d+) exit with status code (\d+)\.")
 _MEMORY = re.compile(r"(?i)oom[-_ ]kill|out[ -]of[ -]memory")
 _MOST = 20_000
 
@@ -77,12 +78,16 @@ def judge(
     hang: Hang | None = None,
     heartbeats: Mapping[int, Heartbeat] | None = None,
     memory: bool = False,
+    elastic: bool = False,
 ) -> Ending:
     """Classify an end. `returncode` is the launcher's, negative for a signal; `killed` says why we ended the ranks.
 
-    `hang`: what the supervisor saw; `memory`: the system ended a process for lack of memory meanwhile.
+    `hang`: what the supervisor saw; `memory`: the system ended a process for lack of memory meanwhile; `elastic`: the
+    run may have survived that ranks failed.
     """
     own = status if status.get("attempt") == attempt else {}
+    if elastic and own.get("state") in ("finished", "stopped"):
+        errors = ()
     real = [error for error in errors if str(error.get("type")) not in CONSEQUENCES]
     if hang is not None and not real:
         return Ending(int(Exit.CRASH), "failed", f"error: {hang.text}", hang.rank, _hung(hang), _gone(hang))
@@ -105,7 +110,7 @@ def judge(
         return Ending(code if code else int(Exit.CRASH), "failed", f"error: {killed}")
     if code == 0:
         return Ending(Exit.INTERNAL, "failed", "error: the ranks ended without an error, but the run did not finish")
-    return _silent(code, returncode, own, noise, heartbeats or {}, memory)
+    return _silent(code, returncode, own, noise, heartbeats or {}, memory, elastic)
 
 
 def shell_code(returncode: int) -> int:
@@ -164,6 +169,7 @@ def _silent(
     noise: Sequence[str],
     heartbeats: Mapping[int, Heartbeat],
     memory: bool,
+    elastic: bool,
 ) -> Ending:
     """No rank said anything: the launcher's words are all there is, and where each rank was before."""
 
@@ -199,6 +205,13 @@ def _silent(
                 return Ending(code, "failed", f"{text} and left no error report", rank, _kind_of_code(code))
         if match := _HYDRA.search(line):  # MPICH's launcher then returns the bare number of the signal
             returncode = code = 128 + int(match[1])
+    ended = [found for line in noise if (found := _HOROVODRUN.match(line)) and found[2] != "0"]
+    if ended:  # the first one has ended the others, but for an elastic run, which has survived all but the last
+        rank, code = int(ended[-1 if elastic else 0][1]), int(ended[-1 if elastic else 0][2])
+        kind, why = killed(code - 128) if code > 128 else (_kind_of_code(code), " and left no error report")
+        host = f" on {heartbeats[rank].host}" if rank in heartbeats else ""
+        how = f"was ended by {_signal(code - 128)}" if code > 128 else f"ended with code {code}"
+        return Ending(code, "failed", f"error: rank {rank}{host} {how}{where(rank)}{why}", rank, kind)
     kind = _kind_of_code(code)
     if returncode < 0:
         head = f"error: the launcher was ended by {_signal(-returncode)}{where()}{_reason(-returncode)}"

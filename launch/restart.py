@@ -109,8 +109,11 @@ def step_of(name: str | None) -> int:
 def without(plan: Plan, host: str, config: Config) -> Plan | None:
     """The same start without a host: as many ranks as the others have room for and the global batch divides by.
 
-    None where that is fewer than `restart.min_ranks`, or the host is not one of several.
+    None where that is fewer than `restart.min_ranks`, or the host is not one of several; also for an elastic run, whose
+    launcher finds the hosts by itself.
     """
+    if plan.job.elastic is not None:
+        return None
     short = host.split(".")[0]
     left = tuple(one for one in plan.allocation.hosts if one.name.split(".")[0] != short)
     if not left or len(left) == len(plan.allocation.hosts):

@@ -18,7 +18,7 @@ from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from harness.errors import Exit, StorageError
-from harness.rundir import ROLL_BACK, Attempt, RunDir, storage_errors, write_json
+from harness.rundir import ROLL_BACK, Attempt, RunDir, storage_errors, write_atomic, write_json
 from launch import processes
 from launch.jobs import job_of
 from launch.plan import Plan
@@ -38,6 +38,8 @@ def start(plan: Plan, run: RunDir, config: Config) -> int:
     with handling() as requests:
         with storage_errors(run.root):
             run.stop.unlink(missing_ok=True)  # asked of an earlier start
+        if plan.hosts is not None:
+            write_atomic(run.hosts, plan.hosts)
         for note in plan.notes:
             print(f"note: {note}", file=sys.stderr, flush=True)
         tried = _until_it_ends(plan, run, config, requests)
@@ -124,7 +126,14 @@ def _once(plan: Plan, run: RunDir, config: Config, requests: Requests, back_to: 
         },
     )
     ending = supervise(
-        plan.command, plan.job.program, run, attempt, run_id=run_id, requests=requests, settings=config.watchdog
+        plan.command,
+        plan.job.program,
+        run,
+        attempt,
+        run_id=run_id,
+        requests=requests,
+        settings=config.watchdog,
+        elastic=plan.job.elastic is not None,
     )
     return attempt, ending
 

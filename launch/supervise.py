@@ -73,6 +73,7 @@ def supervise(
     run_id: str,
     requests: Requests,
     settings: Watchdog,
+    elastic: bool = False,
 ) -> Ending:
     """Run a command to its end, print what there is to say, and return how it ended.
 
@@ -99,7 +100,7 @@ def supervise(
             raise Unavailable(f"{command.argv[0]} cannot be started: {error.strerror}", hint="harness check") from error
         tagged = Path(command.argv[0]).name == "horovodrun"
         streams = _Streams(process, log, tagged)
-        watch = Watch(run, attempt, program, run_id, settings)
+        watch = Watch(run, attempt, program, run_id, settings, elastic)
         try:
             killed = _follow(process, streams, watch, requests, run, run_id)
             processes.end(process.pid, run_id, grace=GRACE)
@@ -120,6 +121,7 @@ def supervise(
         hang=watch.hang,
         heartbeats=attempt.heartbeats(),
         memory=oom_kills() > memory,
+        elastic=elastic,
     )
 
 

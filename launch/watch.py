@@ -1,6 +1,7 @@
 """When the ranks of a start must be gone, and why: what the supervisor sees of them from the outside.
 
-Order: an error file, a run that is over, ranks that have gone, heartbeats that have stopped. How old a heartbeat is
+Order: an error file, a run that is over, ranks that have gone, heartbeats that have stopped. What becomes of an elastic
+run after the first and the third is for horovodrun to decide. How old a heartbeat is
 counts by this process's clock, since it was last seen to change: no two clocks are compared. Ranks on other hosts, or
 that srun started, are seen by their heartbeats only.
 
@@ -64,7 +65,10 @@ class Pulse:
         if self.looked is not None and (pause := now - self.looked) > 20:  # this process was stopped itself
             self.changed = {rank: when + pause for rank, when in self.changed.items()}
         self.looked = now
-        for rank, one in self.attempt.heartbeats().items():
+        found = self.attempt.heartbeats()
+        for rank in self.last.keys() - found.keys():  # of an elastic run that has fewer ranks now
+            del self.last[rank], self.changed[rank]
+        for rank, one in found.items():
             if rank not in self.last or self.last[rank].beat != one.beat:
                 self.last[rank], self.changed[rank] = one, now
 
@@ -102,6 +106,7 @@ class Watch:
     program: Sequence[str]
     run_id: str
     settings: Watchdog
+    elastic: bool = False
     began: float = field(default_factory=time.monotonic)
     seen: set[int] = field(default_factory=set)
     until: float = float("inf")
@@ -121,7 +126,7 @@ class Watch:
         return now > self.until
 
     def _look(self, now: float) -> None:
-        if any((self.attempt.root / "errors").glob("rank-*.json")):
+        if not self.elastic and any((self.attempt.root / "errors").glob("rank-*.json")):
             self._by(now + PATIENCE, "a rank failed, and the others did not end")
             return
         status = self.run.read_status()
@@ -129,7 +134,9 @@ class Watch:
         running = processes.ranks(self.program, self.run_id)
         if over:
             self._by(now + LINGER, "the run was over, but its processes did not end")
-        if self.seen and not running:
+        if self.elastic:
+            pass
+        elif self.seen and not running:
             self._by(now + PATIENCE, "the ranks of this host have ended, but the launcher did not")
         elif (gone := self.seen - running) and not over:
             self._by(now + PATIENCE, f"{self._who(gone)} ended without a word, and the others waited for it")
