@@ -202,7 +202,7 @@ def _read(arguments: argparse.Namespace, environment: Environment) -> Config:
     from harness.resolve import resolve
 
     config = resolve(arguments.config, arguments.overrides, sites=arguments.site).config
-    plan_of(config, environment.size)
+    plan_of(config, environment.size, uneven=environment.elastic)
     return config
 
 

@@ -4,12 +4,16 @@ The global batch is part of the mathematics of a run, the number of ranks is not
 gradients on 1 or 64 ranks, with as many accumulation passes as it takes. A replica is what takes samples of its own:
 one rank, or `each` ranks that share one model (`parallel/groups.py`).
 
+A batch that does not divide is a mistake, but for an elastic run, whose number of ranks nobody chooses: there some
+replicas take a sample more than others, and `weight` makes the mean of their gradients the mean over the batch.
+
 >>> plan_batch(global_batch=512, ranks=4, micro_batch=16)
 BatchPlan(global_batch=512, replicas=4, passes=8, micro_batch=16, each=1)
 """
 
 from __future__ import annotations
 
+import itertools
 import math
 from dataclasses import dataclass
 
@@ -19,7 +23,7 @@ from harness.errors import ConfigError
 
 @dataclass(frozen=True)
 class BatchPlan:
-    """`global_batch = replicas * passes * micro_batch` samples per optimizer step."""
+    """`global_batch = replicas * passes * micro_batch` samples per optimizer step; fewer where it is uneven."""
 
     global_batch: int
     replicas: int
@@ -29,20 +33,36 @@ class BatchPlan:
     """Ranks of a replica."""
 
     @property
-    def per_replica(self) -> int:
-        """Samples each replica contributes to one step."""
-        return self.passes * self.micro_batch
+    def even(self) -> bool:
+        """All micro batches have the same number of samples."""
+        return self.replicas * self.passes * self.micro_batch == self.global_batch
+
+    def share(self, replica: int) -> tuple[int, int]:
+        """The positions [first, stop) of a replica within the global batch."""
+        return self.global_batch * replica // self.replicas, self.global_batch * (replica + 1) // self.replicas
+
+    def cuts(self, replica: int) -> list[tuple[int, int]]:
+        """The same for each of its micro batches."""
+        first, stop = self.share(replica)
+        bounds = [first + (stop - first) * number // self.passes for number in range(self.passes + 1)]
+        return list(itertools.pairwise(bounds))
+
+    def weight(self, samples: int) -> float:
+        """What the mean loss of a micro batch counts, against one of the average size; 1.0 where all are even."""
+        return samples * self.passes * self.replicas / self.global_batch
 
     def __str__(self) -> str:
+        most = _count(self.micro_batch, "sample")
         return (
             f"global batch {self.global_batch} = {_replicas(self.replicas, self.each)} x {self.passes} accumulation"
-            f" x {_count(self.micro_batch, 'sample')}"
+            f" x {most if self.even else f'at most {most}'}"
         )
 
 
-def plan_of(config: Config, ranks: int) -> BatchPlan:
+def plan_of(config: Config, ranks: int, *, uneven: bool = False) -> BatchPlan:
     """How so many ranks share the global batch of a config. Raises ConfigError, naming what would fit."""
     return plan_batch(
+        uneven=uneven or config.launch.elastic,
         global_batch=config.train.global_batch,
         ranks=ranks,
         micro_batch=config.train.micro_batch,
@@ -50,10 +70,13 @@ def plan_of(config: Config, ranks: int) -> BatchPlan:
     )
 
 
-def plan_batch(*, global_batch: int, ranks: int, micro_batch: int | None, each: int = 1) -> BatchPlan:
+def plan_batch(
+    *, global_batch: int, ranks: int, micro_batch: int | None, each: int = 1, uneven: bool = False
+) -> BatchPlan:
     """Cut a global batch. `micro_batch` is the most samples a replica takes at once (None: all of its share).
 
-    Raises ConfigError, naming the nearest numbers that fit, when ranks or batch do not divide.
+    Raises ConfigError, naming the nearest numbers that fit, when ranks or batch do not divide; `uneven`: only where
+    there are more replicas than samples.
     """
     if ranks % each:
         near = " or ".join(str(number) for number in (ranks // each * each, -(-ranks // each) * each) if number)
@@ -64,6 +87,8 @@ def plan_batch(*, global_batch: int, ranks: int, micro_batch: int | None, each: 
     replicas = ranks // each
     if replicas < 1 or global_batch < 1 or (micro_batch is not None and micro_batch < 1):
         raise ConfigError("the global batch, the micro batch and the number of ranks are at least 1")
+    if uneven and global_batch >= replicas:
+        return _uneven(global_batch, replicas, micro_batch, each)
     if global_batch % replicas:
         raise ConfigError(
             f"train.global_batch {global_batch} does not divide by {_replicas(replicas, each)}",
@@ -81,6 +106,13 @@ def plan_batch(*, global_batch: int, ranks: int, micro_batch: int | None, each: 
             hint=f"use train.micro_batch={below} or {above}; or {_nearest(global_batch, replicas, micro)}",
         )
     return BatchPlan(global_batch, replicas, share // micro, micro, each)
+
+
+def _uneven(global_batch: int, replicas: int, micro_batch: int | None, each: int) -> BatchPlan:
+    """As even as it goes. Every replica has a sample in each pass, so a micro batch of 1 may become one of 2."""
+    least, most = global_batch // replicas, -(-global_batch // replicas)
+    passes = min(least, -(-most // min(micro_batch or most, most)))
+    return BatchPlan(global_batch, replicas, passes, -(-most // passes), each)
 
 
 def _nearest(global_batch: int, replicas: int, micro_batch: int | None) -> str:

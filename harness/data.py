@@ -77,15 +77,14 @@ def train_batches(
     """`plan.passes` micro batches for each step in [start_step, stop_step), in order.
 
     Step s covers positions [s * global_batch, (s + 1) * global_batch) of the order; each replica takes its own of
-    `plan.replicas` equal contiguous parts. Batches do not depend on `workers`. Closing the iterator ends the workers.
+    `plan.replicas` contiguous parts. Batches do not depend on `workers`. Closing the iterator ends the workers.
     An exception of the data set is raised as it is; ConfigError when the data set cannot be sent to workers.
     """
 
     def requests() -> Iterator[_Request]:
         for step in range(start_step, stop_step):
-            begin = step * plan.global_batch + replica * plan.per_replica
-            for first in range(begin, begin + plan.per_replica, plan.micro_batch):
-                stop = first + plan.micro_batch
+            begin = step * plan.global_batch
+            for first, stop in ((begin + lo, begin + hi) for lo, hi in plan.cuts(replica)):
                 yield _Request(first, order.ids(first, stop), sample_seeds(seed, first, stop))
 
     return _batches(_loader(dataset, requests(), workers, prefetch, pin))

@@ -134,7 +134,7 @@ def build(config: Config, run: RunDir, attempt: int, world: World, clock: Clock,
     torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined] # costs time and only hides reads of unset memory
     torch.backends.cudnn.benchmark = not config.train.deterministic
     settings = config.checkpoint
-    plan = plan_of(config, world.size)
+    plan = plan_of(config, world.size, uneven=elastic is not None)
     seed_generators(config.seed)  # a task may split or make its data at random: all ranks alike, at every start
     task = make_task(config.task.name, config.task.args)
     train_data, eval_data = task.data("train"), task.data("eval")

@@ -64,6 +64,8 @@ def train(job: Job) -> None:
                 with job.clock("forward/backward"):
                     with job.update.autocast():
                         loss = job.task.loss(job.model, data)
+                    if not job.plan.even:
+                        loss = loss * job.plan.weight(batch.samples)
                     job.update.backward(loss)
                 losses.append(loss.detach())
             with job.clock("communication"):

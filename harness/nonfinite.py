@@ -31,10 +31,9 @@ def handle_nonfinite(job: Job, step: int, losses: list[torch.Tensor], skipped: i
     values = [str(told).split() for told in job.world.comm.all_gather(" ".join(str(float(x)) for x in losses))]
     begin = step * job.plan.global_batch
     ids = job.order.ids(begin, begin + job.plan.global_batch)
-    share = job.plan.per_replica
-    first = [job.world.groups.grid.place(rank).replica * share for rank in range(job.world.size)]
+    shares = [job.plan.share(job.world.groups.grid.place(rank).replica) for rank in range(job.world.size)]
     culprits = {
-        rank: ids[first[rank] : first[rank] + share].tolist()
+        rank: ids[slice(*shares[rank])].tolist()
         for rank, told in enumerate(values)
         if any(loss in ("nan", "inf", "-inf") for loss in told)
     }

@@ -33,7 +33,36 @@ def test_a_micro_batch_larger_than_the_share_is_the_share():
 def test_what_divides_is_planned_exactly(ranks, passes, micro):
     plan = plan_batch(global_batch=ranks * passes * micro, ranks=ranks, micro_batch=micro)
     assert (plan.replicas, plan.passes, plan.micro_batch) == (ranks, passes, micro)
-    assert plan.per_replica == passes * micro
+    first, stop = plan.share(ranks - 1)
+    assert stop - first == passes * micro and plan.even
+    assert plan.cuts(ranks - 1) == [(at, at + micro) for at in range(first, stop, micro)]
+    assert (
+        plan.weight(micro) == 1.0
+        and plan_batch(global_batch=ranks * passes * micro, ranks=ranks, micro_batch=micro, uneven=True) == plan
+    )
+
+
+@given(global_batch=st.integers(1, 3000), ranks=st.integers(1, 80), micro=st.none() | st.integers(1, 400))
+def test_an_uneven_batch_is_whole_and_its_weights_add_up(global_batch, ranks, micro):
+    if ranks > global_batch:
+        with pytest.raises(ConfigError):
+            plan_batch(global_batch=global_batch, ranks=ranks, micro_batch=micro, uneven=True)
+        return
+    plan = plan_batch(global_batch=global_batch, ranks=ranks, micro_batch=micro, uneven=True)
+    cuts = [plan.cuts(rank) for rank in range(ranks)]
+    assert [at for parts in cuts for first, stop in parts for at in range(first, stop)] == list(range(global_batch))
+    sizes = [stop - first for parts in cuts for first, stop in parts]
+    assert {len(parts) for parts in cuts} == {plan.passes} and min(sizes) > 0
+    assert max(sizes) == plan.micro_batch <= max(2, micro or global_batch)
+    assert sum(plan.weight(size) for size in sizes) == pytest.approx(ranks * plan.passes)
+    shares = [stop - first for first, stop in map(plan.share, range(ranks))]
+    assert max(shares) - min(shares) <= 1
+    assert plan.even or plan.weight(1) * global_batch == pytest.approx(ranks * plan.passes)
+
+
+def test_an_uneven_plan_in_words():
+    plan = plan_batch(global_batch=64, ranks=3, micro_batch=8, uneven=True)
+    assert str(plan) == "global batch 64 = 3 ranks x 3 accumulation x at most 8 samples"
 
 
 def proposals(hint: str) -> list[tuple[str, int]]:

@@ -87,7 +87,7 @@ def test_ten_thousand_ranks_take_no_time() -> None:
 
 
 def test_ranks_that_form_no_replicas_are_refused_with_the_nearest_that_do() -> None:
-    assert plan_batch(global_batch=8, ranks=4, micro_batch=None, each=2).per_replica == 4
+    assert plan_batch(global_batch=8, ranks=4, micro_batch=None, each=2).share(1) == (4, 8)
     with pytest.raises(ConfigError) as caught:
         plan_batch(global_batch=8, ranks=7, micro_batch=None, each=3)
     assert str(caught.value) == (
