@@ -151,3 +151,29 @@ class Incomplete:
 class WrongConstructor(Small):
     def __init__(self, needed: int) -> None:
         super().__init__()
+
+
+class ComesAndGoes(Troubled):
+    """A plane through points, for elastic runs; what happens is told by files in the working directory.
+
+    trouble "kill": the 23rd step of the first world of two ranks kills its rank 1. "raise": the 12th step of the first
+    attempt raises on all ranks. Steps are slow until there is a file `go`.
+    """
+
+    def __init__(self, trouble: str) -> None:
+        super().__init__()
+        self.trouble, self.calls = trouble, 0
+
+    def loss(self, model: torch.nn.Module, batch: Any) -> torch.Tensor:
+        import horovod.torch as hvd
+
+        if model.training:
+            self.calls += 1
+            if self.trouble == "kill" and self.calls == 23 and hvd.rank() == 1 and not os.path.exists("killed"):
+                Path("killed").touch()
+                os.kill(os.getpid(), signal.SIGKILL)
+            if self.trouble == "raise" and self.calls == 12 and os.environ["HARNESS_ATTEMPT"] == "1":
+                raise ValueError("label 17 is out of range")
+            if self.calls > 23 or hvd.size() == 1:
+                time.sleep(0.0 if os.path.exists("go") else 0.1)
+        return super().loss(model, batch)
