@@ -21,7 +21,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from harness.errors import UsageError
-from launch.command import Command, Job, build
+from launch.command import Command, Elastic, Job, build
 from launch.mpi import Mpi
 from launch.nodelist import Host, parse_hosts
 
@@ -84,6 +84,19 @@ def test_golden(family: str) -> None:
 def test_golden_local() -> None:
     text = build(Job(program=PROGRAM, launcher="local", hosts=(Host("localhost", 1),), threads=8), None).shell() + "\n"
     file = GOLDEN / "local.txt"
+    if os.environ.get("HARNESS_UPDATE_GOLDEN"):
+        file.write_text(text)
+    assert file.read_text() == text
+
+
+def test_golden_elastic() -> None:
+    elastic = Elastic(least=2, most=16, discover="cat '/data/runs/a b/hosts'", cooldown=(10, 300))
+    cases = {name: CASES[name] for name in ("single node", "two nodes", "two nodes, everything set")}
+    text = ""
+    for case, more in cases.items():
+        job = Job(program=PROGRAM, launcher="horovodrun", gloo=True, elastic=elastic, **({"hosts": ONE} | more))
+        text += f"# {case}\n{build(job, None).shell()}\n\n"
+    file = GOLDEN / "horovodrun-elastic.txt"
     if os.environ.get("HARNESS_UPDATE_GOLDEN"):
         file.write_text(text)
     assert file.read_text() == text

@@ -117,3 +117,21 @@ def test_nothing_is_lost(pieces: list[bytes], size: int) -> None:
     shown += part.close()
     kept = "".join(part.noise)
     assert shown.count(b"row") + kept.count("row") == data.count(b"row")
+
+
+def test_what_horovodrun_says_of_ranks_that_have_ended_is_kept_not_shown() -> None:
+    said = [
+        b"[1]<stderr>:Killed\n",
+        b"Process 1 exit with status code 137.\n",
+        b"[2026-11-21 16:45:26.8: E /src/horovod/common/operations.cc:697] [0]: Horovod background loop uncaught\n",
+        b"[0]<stderr>:terminate called after throwing an instance of 'std::runtime_error'\n",
+        b"[0]<stderr>:  what():  127.0.0.1[0] has been removed from elastic job\n",
+        b"[0]<stderr>:Aborted (core dumped)\n",
+        b"ERROR:root:failure count == 2 -> stop running\n",
+    ]
+    for errors in (True, False):
+        parted = Parted(errors=errors, tagged=True)
+        shown = b"".join(parted.feed(line) for line in said) + parted.feed(b"[0]<stdout>:Killed 3 bugs\n")
+        assert shown + parted.close() == b"Killed 3 bugs\n"
+        assert "Process 1 exit with status code 137." in parted.noise and len(parted.noise) == len(said)
+    assert Parted(errors=True).feed(b"Killed\n") == b"Killed\n", "another launcher's ranks may say so"

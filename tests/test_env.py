@@ -185,3 +185,9 @@ def test_a_shell_that_srun_started_is_no_rank() -> None:
     shell = SRUN | {"SLURM_PROCID": "0", "SLURM_STEP_NUM_TASKS": "1", "SLURM_NTASKS": "1", "SLURM_LOCALID": "0"}
     assert identify(shell).launcher == "none"
     assert identify(shell | {"PMIX_RANK": "0"}).launcher == "slurm"
+
+
+def test_elastic_is_a_way_of_horovodrun() -> None:
+    gloo = {"HOROVOD_RANK": "1", "HOROVOD_SIZE": "2", "HOROVOD_ELASTIC": "1"}
+    assert identify(gloo).elastic and not identify(gloo | {"HOROVOD_ELASTIC": "0"}).elastic
+    assert not identify({"HOROVOD_ELASTIC": "1", "OMPI_COMM_WORLD_RANK": "0", "OMPI_COMM_WORLD_SIZE": "1"}).elastic

@@ -8,10 +8,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from pydantic import ValidationError
 
-from harness.config import Config
+from harness.config import Config, Restart
 from harness.errors import ConfigError, Unavailable, UsageError
 from launch import hosts
+from launch.command import Elastic
 from launch.plan import make_plan
 
 JOB = {"SLURM_JOB_ID": "7", "SLURM_JOB_NODELIST": "n[1-2]", "SLURM_TASKS_PER_NODE": "4(x2)", "SLURM_NTASKS": "8"}
@@ -144,3 +146,45 @@ def test_more_environment_reaches_other_hosts(path) -> None:
     assert plan.command.env["HARNESS_ATTEMPT"] == "4"
     assert "HARNESS_ATTEMPT" in plan.command.argv
     assert os.environ.get("HARNESS_ATTEMPT") is None
+
+
+def _elastic(**launch: Any) -> Config:
+    least = launch.pop("least", None)
+    return _config(elastic=True, **launch).model_copy(update={"restart": Restart(min_ranks=least, longest=1e6)})
+
+
+def test_an_elastic_run_asks_a_file_for_its_hosts(path) -> None:
+    config = _elastic(hosts="a:2,b:3,c:4", ranks=4, max_ranks=6, least=2)
+    plan = make_plan(config, [], path(mpirun=OPEN_MPI))
+    assert (plan.job.launcher, plan.job.gloo, plan.job.ranks) == ("horovodrun", True, 4)
+    assert plan.job.elastic == Elastic(2, 6, f"cat {os.path.abspath('runs/x/hosts')}", (10, 3600))
+    assert plan.hosts == "a:2\nb:3\nc:1\n"
+    assert make_plan(_elastic(hosts="a:2,b:3"), [], path()).hosts == "a:2\nb:3\n", "no MPI is needed"
+    more = make_plan(_elastic(hosts="a:2", max_ranks=64), [], path())
+    assert more.hosts == "a:2\n" and more.job.elastic is not None and more.job.elastic.most == 64
+
+
+def test_an_elastic_run_asks_a_command_for_its_hosts(path) -> None:
+    plan = make_plan(_elastic(ranks=3, max_ranks=8, discover="./who --is there"), [], path())
+    assert plan.hosts is None and plan.job.elastic is not None
+    assert plan.job.elastic.discover == "./who --is there"
+    assert "--network-interfaces" not in plan.command.argv, "nobody knows the hosts yet"
+
+
+@pytest.mark.parametrize(
+    ("launch", "told"),
+    [
+        ({"ranks": 2, "max_ranks": 1}, "an elastic run of 1 to 1 ranks cannot start with 2"),
+        ({"ranks": 2, "least": 3}, "an elastic run of 3 to 2 ranks cannot start with 2"),
+        ({"launcher": "mpirun"}, "launch.elastic goes with the launcher horovodrun, not with mpirun"),
+    ],
+)
+def test_elastic_runs_that_cannot_be(path, launch: dict[str, Any], told: str) -> None:
+    with pytest.raises(ConfigError, match=told):
+        make_plan(_elastic(**launch), [], path(mpirun=OPEN_MPI))
+
+
+def test_settings_of_elastic_runs_go_with_elastic_runs() -> None:
+    for more in ({"max_ranks": 4}, {"discover": "./who"}):
+        with pytest.raises(ValidationError, match=r"go with launch\.elastic=true only"):
+            _config(**more)

@@ -219,3 +219,27 @@ def test_a_hang_told_by_a_rank() -> None:
     ending = judge([ERROR | {"kind": "hang", "type": "Hang", "message": message}], {}, attempt=1, returncode=1)
     assert (ending.kind, ending.code) == ("hang", 1)
     assert ending.text == f"error: rank 1 of 4 on n02 hangs: {message}"
+
+
+def test_horovodrun_says_which_rank_went_and_how() -> None:
+    said = [
+        "Process 3 exit with status code 0.",
+        "Process 1 exit with status code 137.",
+        "Process 0 exit with status code 1.",
+    ]
+    here = Heartbeat(1, 4, "n02", 7, "data", 120, 1.0, False, 5)
+    ending = judge([], {}, attempt=1, returncode=1, noise=said, heartbeats={1: here})
+    assert (ending.code, ending.rank, ending.kind) == (137, 1, "crash"), "the first one has ended the others"
+    assert ending.text.startswith("error: rank 1 on n02 was ended by SIGKILL, last seen in data at step 120")
+    assert judge([], {}, attempt=1, returncode=1, noise=said, memory=True).kind == "memory"
+    last = judge([], {}, attempt=1, returncode=1, noise=said, elastic=True)
+    assert (last.code, last.rank) == (1, 0), "an elastic run has survived the others"
+    assert last.text == "error: rank 0 ended with code 1 and left no error report"
+
+
+def test_what_an_elastic_run_has_survived_is_no_cause() -> None:
+    for state, code in (("finished", 0), ("stopped", 75)):
+        status = {"state": state, "attempt": 1}
+        assert judge([ERROR], status, attempt=1, returncode=1, elastic=True).code == code
+        assert judge([ERROR], status, attempt=1, returncode=1).code == 1
+    assert judge([ERROR], {"state": "running", "attempt": 1}, attempt=1, returncode=1, elastic=True).rank == 1

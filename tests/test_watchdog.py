@@ -21,7 +21,7 @@ from support import ROOT
 from harness.config import Watchdog
 from harness.heartbeat import Heartbeat, limit, others, parse
 from harness.rundir import Attempt, RunDir
-from launch.watch import Pulse
+from launch.watch import Pulse, Watch
 
 HERE = Heartbeat(
     rank=5, size=8, host="n07", pid=77, section="data", step=811, seconds=40.0, waits=False, beat=9
@@ -272,3 +272,61 @@ def test_a_supervisor_that_slept_itself_blames_nobody(tmp_path: Path) -> None:
     world.go_on(2, *ranks)
     world.now += 3600
     assert world.go_on(2, ranks[0]) is None
+
+
+def test_ranks_that_an_elastic_run_has_dropped_are_not_missed(tmp_path: Path) -> None:
+    world = World(tmp_path, silence=30.0, step=50.0)
+    stays, gone = replace(HERE, rank=0, section="step"), replace(HERE, rank=1, section="step")
+    assert world.go_on(10, stays, gone) is None
+    (tmp_path / "attempts/0001/errors/rank-1.json").write_text('{"type": "ValueError", "rank": 1}')
+    assert [error["type"] for error in world.attempt.forget(1)] == ["ValueError"]
+    assert world.attempt.errors() == [] and set(world.attempt.heartbeats()) == {0}
+    assert len(list((tmp_path / "attempts/0001/errors").glob("survived-*-rank-1.json"))) == 1
+    assert world.go_on(500, stays) is None
+    assert world.go_on(10, stays, gone) is None, "another one with its number"
+
+
+def test_what_becomes_of_an_elastic_run_without_a_rank_is_not_for_us_to_decide(tmp_path: Path) -> None:
+    run = RunDir(tmp_path)
+    attempt = run.new_attempt()
+    attempt.error(1).write_text('{"type": "ValueError", "rank": 1}')
+    rank = subprocess.Popen(["sleep", "600"], env=os.environ | {"HARNESS_RUN_ID": "a-run"})
+    try:
+        plain, elastic = (Watch(run, attempt, ["sleep"], "a-run", Watchdog(), elastic=one) for one in (False, True))
+        for watch in (plain, elastic):
+            watch.overdue()
+    finally:
+        rank.kill()
+        rank.wait()
+    assert elastic.seen == {rank.pid}
+    for watch in (plain, elastic):
+        watch._next = 0.0
+        watch.overdue()
+    assert plain.until < float("inf") and elastic.until == float("inf")
+
+
+def test_a_rank_that_gets_another_number_writes_another_log(tmp_path: Path) -> None:
+    program = """
+    import os
+    from pathlib import Path
+    from harness.log import redirect
+    redirect(Path("rank-1"), console=False)
+    print("alone", flush=True)
+    os.system("echo in C")
+    redirect(Path("rank-0"), console=True)
+    print("first", flush=True)
+    os.system("echo to all")
+    redirect(Path("rank-2"), console=False)
+    print("again", flush=True)
+    """
+    done = subprocess.run(
+        [sys.executable, "-c", textwrap.dedent(program)],
+        cwd=tmp_path,
+        env=os.environ | {"PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=True,
+    )
+    logs = [(tmp_path / f"rank-{number}").read_text() for number in (0, 1, 2)]
+    assert logs == ["first\n", "alone\nin C\n", "again\n"] and done.stdout == "first\nto all\n" and not done.stderr
