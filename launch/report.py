@@ -98,7 +98,9 @@ def judge(
         return Ending(_code(cause), "failed", _told(cause, len(errors)), _number(cause.get("rank")), kind)
     state, code = own.get("state"), shell_code(returncode)
     if state in ("finished", "stopped"):
-        late = f"note: the ranks ended with code {code} after the run had {state}" if code not in (0, 75) else ""
+        ended = {int(found[2]) for line in noise if (found := _HOROVODRUN.match(line))}  # its own code is then 1
+        well = code in (0, Exit.STOPPED) or Exit.STOPPED in ended
+        late = "" if well else f"note: the ranks ended with code {code} after the run had {state}"
         if state == "finished":
             return Ending(Exit.FINISHED, "finished", late, kind="finished")
         return Ending(Exit.STOPPED, "stopped", late, kind="stopped")

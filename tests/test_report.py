@@ -243,3 +243,10 @@ def test_what_an_elastic_run_has_survived_is_no_cause() -> None:
         assert judge([ERROR], status, attempt=1, returncode=1, elastic=True).code == code
         assert judge([ERROR], status, attempt=1, returncode=1).code == 1
     assert judge([ERROR], {"state": "running", "attempt": 1}, attempt=1, returncode=1, elastic=True).rank == 1
+
+
+def test_horovodrun_has_a_code_of_its_own_for_ranks_that_have_stopped() -> None:
+    status = {"state": "stopped", "attempt": 1}
+    said = ["Process 0 exit with status code 75.", "Process 1 exit with status code 75."]
+    assert judge([], status, attempt=1, returncode=1, noise=said).text == ""
+    assert judge([], status, attempt=1, returncode=1).text.startswith("note: the ranks ended with code 1")
