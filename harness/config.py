@@ -388,8 +388,6 @@ class Config(Section):
         check_parallel(self)
         if self.launch.hosts is not None and self.launch.hostfile is not None:
             raise ValueError("give launch.hosts or launch.hostfile, not both")
-        if not self.launch.elastic and (self.launch.max_ranks, self.launch.discover) != (None, None):
-            raise ValueError("launch.max_ranks and launch.discover go with launch.elastic=true only")
         return self
 
 

@@ -61,8 +61,8 @@ def _handle_alone(job: Job, step: int, losses: list[torch.Tensor], skipped: int)
     if job.config.train.nonfinite == "skip" and skipped < SKIPS_IN_A_ROW:
         print(f"step {step}: this rank's gradient is not finite, skipped here", flush=True)
         return
-    begin = step * job.plan.global_batch + job.world.replica * job.plan.per_replica
-    ids = job.order.ids(begin, begin + job.plan.per_replica).tolist()
+    begin = step * job.plan.global_batch
+    ids = job.order.ids(*(begin + at for at in job.plan.share(job.world.replica))).tolist()
     values = ", ".join(str(float(loss)) for loss in losses[:8])
     raise InternalError(
         f"step {step}: the loss ({values}) or its gradient is not finite on rank {job.world.rank}; samples"

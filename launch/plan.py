@@ -69,6 +69,8 @@ def make_plan(
     allocation = hosts_module.find(launch.hosts, launch.hostfile, environ)
     ranks = launch.ranks or default_ranks(allocation)
     elastic = _elastic(config, ranks) if launch.elastic else None
+    if elastic is None and (launch.max_ranks, launch.discover) != (None, None):
+        raise ConfigError("launch.max_ranks and launch.discover go with launch.elastic=true only")
     if launch.discover is not None:  # which hosts there are is told later
         allocation = Allocation("given", launch.discover, (Host(UNKNOWN, ranks),), cores=allocation.cores)
     placement = hosts_module.place(allocation, ranks)
