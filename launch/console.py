@@ -24,7 +24,7 @@ _HYDRA = re.compile(  # Hydra says on stdout that ranks have ended badly
 )
 _HOROVODRUN = re.compile(  # on either stream, about ranks that have ended; the shell tells of its own children
     rb"Process \d+ exit with status code \d+\.|Terminating remaining workers after failure|(WARNING|ERROR):root:"
-    rb"|\[\S+ \S+: E \S+/operations\.cc:\d+\]|terminate called after throwing an instance of 'std::runtime_error'"
+    rb"|\[[^\]]{1,300}: E [^\]]{1,1000}\.cc:\d+\]|terminate called after throwing an instance of 'std::runtime_error'"
     rb"|  what\(\):  \S+ has been removed from elastic job|(Killed|Terminated|Aborted)( \(core dumped\))?\s*$"
 )
 _TAG = re.compile(rb"\[(?:\d+,)?\d+\]<std(?:out|err)>:?")  # horovodrun's, before every piece that a rank wrote

@@ -123,7 +123,7 @@ def test_what_horovodrun_says_of_ranks_that_have_ended_is_kept_not_shown() -> No
     said = [
         b"[1]<stderr>:Killed\n",
         b"Process 1 exit with status code 137.\n",
-        b"[2026-11-21 16:45:26.8: E /src/horovod/common/operations.cc:697] [0]: Horovod background loop uncaught\n",
+        b"[2026-11-21 16:45:26. 97713: E /src/horovod/common/operations.cc:697] [0]: Horovod background loop\n",
         b"[0]<stderr>:terminate called after throwing an instance of 'std::runtime_error'\n",
         b"[0]<stderr>:  what():  127.0.0.1[0] has been removed from elastic job\n",
         b"[0]<stderr>:Aborted (core dumped)\n",
