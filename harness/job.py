@@ -8,6 +8,7 @@ from __future__ import annotations
 import math
 import os
 import random
+from collections.abc import Iterable
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -34,7 +35,7 @@ from harness.rundir import RunDir
 from harness.sinks import Sinks, open_sinks
 from harness.stop import SaveRequest, StopRequest, deadline
 from harness.task import Task, make_task
-from harness.update import OPTIONAL, Update
+from harness.update import OPTIONAL, Update, shard
 from harness.world import World
 
 if TYPE_CHECKING:
@@ -88,6 +89,7 @@ class Job:
             ema=None if self.ema is None else self.ema.shadow,
             extra=extra,
             optional=OPTIONAL,
+            shards={f"optimizer.{name}": region for name, region in self.update.regions.items()},
             **self.update.entries(),
         )
 
@@ -148,9 +150,6 @@ def build(config: Config, run: RunDir, attempt: int, world: World, clock: Clock,
         raise ConfigError(f"the model of task {config.task.name} has no parameters to train")
     world.broadcast_tensors(model.state_dict(keep_vars=True).items(), "init")
     model.train()
-    optimizer = make_optimizer(
-        task.parameters(model), config.optim, lr=peak_lr(config.optim, config.train.global_batch)
-    )
     order = make_order(config, samples, world.replicas)
     steps = total_steps(config, samples)
     stop = StopRequest(
@@ -185,7 +184,7 @@ def build(config: Config, run: RunDir, attempt: int, world: World, clock: Clock,
         order=order,
         plan=plan,
         steps=steps,
-        update=make_update(config, model, optimizer, plan, world, order, elastic=elastic is not None),
+        update=make_update(config, model, task.parameters(model), plan, world, order, elastic=elastic is not None),
         ema=Ema(model, config.train.ema) if config.train.ema is not None else None,
         manager=Manager(
             run.checkpoints,
@@ -208,7 +207,7 @@ def build(config: Config, run: RunDir, attempt: int, world: World, clock: Clock,
 def make_update(
     config: Config,
     model: torch.nn.Module,
-    optimizer: torch.optim.Optimizer,
+    parameters: Iterable[Any],
     plan: BatchPlan,
     world: World,
     order: Order | PartOrder,
@@ -229,11 +228,21 @@ def make_update(
         "passes": plan.passes,
         "device": world.device,
     }
+    sharded = None
+    if world.groups.shards.size > 1:
+        if elastic:
+            raise ConfigError(
+                "an elastic run cannot cut the optimizer's state (parallel.optimizer_shards): a lost rank's slices"
+                " are lost",
+                hint="use restarts instead of elastic ranks",
+            )
+        sharded, parameters = shard(model, parameters, config.horovod, world.groups)
+    optimizer = make_optimizer(parameters, config.optim, lr=peak_lr(config.optim, config.train.global_batch))
     if parallel.local:
         weight = order.weight(world.replica, world.replicas)
         every, outer = parallel.average_every, parallel.outer
         return LocalSteps(model, optimizer, ranks=replicas.size, every=every, weight=weight, outer=outer, **common)
-    return Update(model, optimizer, ranks=replicas.size, process_set=replicas.process_set, **common)
+    return Update(model, optimizer, ranks=replicas.size, process_set=replicas.process_set, sharded=sharded, **common)
 
 
 def make_order(config: Config, samples: int, ranks: int) -> Order | PartOrder:

@@ -13,7 +13,7 @@ gradient tells all ranks the same thing and no extra collective is needed to agr
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any
@@ -21,10 +21,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from harness.checkpoint.shards import Flat
 from harness.config import Horovod, Train
 from harness.errors import ConfigError
 from harness.parallel.adasum import take_combined_step
+from harness.parallel.groups import Groups
 from harness.parallel.reducer import Reducer, travels_as
+from harness.parallel.sharded import Sharded
 from harness.parallel.traffic import allreduce_bytes
 
 
@@ -44,7 +47,8 @@ OPTIONAL = ("local", "shared", "momentum")
 class Update:
     """Owns the optimizer, the reduction of gradients, the gradient scaler and the accumulation of one model.
 
-    `ranks`, `process_set`: those over which gradients are reduced; None: all.
+    `ranks`, `process_set`: those over which gradients are reduced; None: all. `sharded`: reduces them instead, and the
+    optimizer is one of its slices.
     """
 
     together = True
@@ -61,6 +65,7 @@ class Update:
         ranks: int,
         device: torch.device,
         process_set: Any = None,
+        sharded: Sharded | None = None,
     ) -> None:
         if train.precision == "fp16" and device.type == "cpu":
             raise ConfigError("train.precision fp16 needs a GPU", hint="use bf16, which CPUs compute as well")
@@ -71,44 +76,26 @@ class Update:
         self.base_lrs = [float(group["lr"]) for group in optimizer.param_groups]
         self.scaler = torch.amp.GradScaler(device.type) if train.precision == "fp16" else None
         self._passed = 0
-        self._divisor: float = passes
-        self._wire = torch.float16 if horovod.compression == "fp16" else None
+        self._divisor = passes * _before(horovod, ranks)
+        self._wire = _wire(horovod)
         self._adasum: list[tuple[str, torch.nn.Parameter]] | None = None
-        self._reducer: Reducer | None = None
         self._steps_sent = 0.0
         self._ranks = ranks
-        if ranks > 1:
-            self._divide(model, horovod, ranks, process_set)
+        self._sharded = sharded
+        self._reducer: Reducer | None = sharded
+        if ranks > 1 and sharded is None:
+            held = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+            parameters, settings = _settings(model, held, horovod, ranks)
+            if horovod.op == "adasum":
+                check_adasum(ranks)
+                self._adasum = parameters
+            else:
+                self._reducer = Reducer(parameters, process_set=process_set, **settings)
 
-    def _divide(self, model: torch.nn.Module, horovod: Horovod, ranks: int, process_set: Any) -> None:
-        """Choose how several ranks combine their gradients."""
-        parameters = _named(model, self.optimizer)
-        rows = _with_rows(model)
-        if rows and not horovod.sparse_as_dense:
-            for field, value in (("op", "adasum"), ("compression", "fp16")):
-                if getattr(horovod, field) == value:
-                    raise ConfigError(
-                        f"horovod.{field}={value} cannot reduce sparse gradients",
-                        hint="set horovod.sparse_as_dense=true",
-                    )
-        if horovod.op == "adasum":
-            check_adasum(ranks)
-            self._adasum = parameters
-            return
-        post = 1.0
-        if horovod.op == "average":
-            before = ranks if horovod.predivide is None else horovod.predivide
-            self._divisor *= before
-            post = before / ranks
-        self._reducer = Reducer(
-            parameters,
-            limit=horovod.bucket,
-            wire=self._wire,
-            rows=rows,
-            dense=horovod.sparse_as_dense,
-            post=post,
-            process_set=process_set,
-        )
+    @property
+    def regions(self) -> dict[str, Flat]:
+        """Which elements of a parameter this rank's optimizer has, by the parameter's name; empty: all of all."""
+        return {} if self._sharded is None else self._sharded.regions
 
     def autocast(self) -> Any:
         """The context of the forward pass; parameters stay fp32 (Horovod reduces no bf16)."""
@@ -141,18 +128,16 @@ class Update:
             self._reducer.synchronize()
 
     def step(self) -> Step:
-        """Use the reduced gradient. Not collective, but for Adasum; all ranks do the same."""
+        """Use the reduced gradient. Collective for Adasum and a sharded optimizer; all ranks do the same."""
         if self._adasum is not None:
             return self._adasum_step(self._adasum)
-        if self.scaler is not None:
-            self.scaler.unscale_(self.optimizer)
-        norm = None
-        if self.train.nonfinite != "ignore" or self.train.clip_norm is not None:
-            norm = float(_norm(self._gradients()))
+        norm = self._unscaled_norm()
         finite = norm is None or norm - norm == 0.0  # false for nan and for both infinities
         taken = finite or self.train.nonfinite == "ignore"
         if taken:
             self._clip(norm)
+            if self._sharded is not None:
+                self._sharded.load()
         if self.scaler is not None:
             if taken:
                 self.scaler.step(self.optimizer)  # skips by itself where it found an infinity
@@ -161,6 +146,8 @@ class Update:
             self.optimizer.step()
         if taken or self.train.nonfinite == "skip" or self.scaler is not None:
             self.optimizer.zero_grad()
+        if taken and self._sharded is not None:
+            self._sharded.gather()
         return Step(norm, finite, taken)
 
     @property
@@ -181,6 +168,18 @@ class Update:
 
     def restored(self, step: int, loaded: Collection[str]) -> None:
         """After a restore at this step; loaded: names of what the checkpoint held. Not collective."""
+
+    def _unscaled_norm(self) -> float | None:
+        """Undo the scaler's factor; the gradient's norm, None where nobody needs it."""
+        scale, sharded = 1.0, self._sharded
+        if self.scaler is not None:
+            scale = self.scaler.get_scale()
+            if sharded is not None and sharded.norm - sharded.norm != 0.0:
+                sharded.spoil()  # the scaler looks at this rank's slices only
+            self.scaler.unscale_(self.optimizer)
+        if self.train.nonfinite == "ignore" and self.train.clip_norm is None:
+            return None
+        return float(_norm(self._gradients())) if sharded is None else sharded.norm / scale
 
     def _adasum_step(self, parameters: list[tuple[str, torch.nn.Parameter]]) -> Step:
         """Ranks take their own steps, which are then combined: there is no gradient to clip, or to skip a step for.
@@ -247,16 +246,66 @@ def _norm(tensors: Iterator[Tensor]) -> Tensor:
     return total
 
 
-def _named(model: torch.nn.Module, optimizer: torch.optim.Optimizer) -> list[tuple[str, torch.nn.Parameter]]:
-    """What the optimizer changes, by its name in the model and in the model's order. Raises ConfigError."""
-    held = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
-    found = [(name, parameter) for name, parameter in model.named_parameters() if id(parameter) in held]
-    if len(found) < len(held):
+def shard(
+    model: torch.nn.Module, parameters: Iterable[Any], horovod: Horovod, groups: Groups
+) -> tuple[Sharded, list[Any]]:
+    """What cuts the optimizer of these parameters, or groups of them, over `groups.shards`, and what it is made of.
+
+    Raises ConfigError.
+    """
+    mine = [group | {"params": _listed(group["params"])} if isinstance(group, dict) else group for group in parameters]
+    found = [each for group in mine for each in (group["params"] if isinstance(group, dict) else [group])]
+    held = [each[1] if isinstance(each, tuple) else each for each in found]
+    named, settings = _settings(model, held, horovod, groups.replicas.size)
+    if settings["rows"] and not settings["dense"]:
         raise ConfigError(
-            f"the optimizer has {len(held) - len(found)} parameters that the model does not have",
+            "parallel.optimizer_shards cannot cut sparse gradients", hint="set horovod.sparse_as_dense=true"
+        )
+    sharded = Sharded(named, shards=groups.shards, copies=groups.copies, replicas=groups.replicas, **settings)
+    return sharded, sharded.slices_of(mine)
+
+
+def _listed(params: Any) -> list[Any]:
+    """A group may hold one parameter, or an iterator that gives them once."""
+    return [params] if isinstance(params, Tensor) else list(params)
+
+
+def _settings(
+    model: torch.nn.Module, held: Sequence[Any], horovod: Horovod, ranks: int
+) -> tuple[list[tuple[str, torch.nn.Parameter]], dict[str, Any]]:
+    """What a Reducer needs: parameters by name, in the model's order, and settings. Raises ConfigError."""
+    rows = _with_rows(model)
+    if rows and not horovod.sparse_as_dense:
+        for field, value in (("op", "adasum"), ("compression", "fp16")):
+            if getattr(horovod, field) == value:
+                raise ConfigError(
+                    f"horovod.{field}={value} cannot reduce sparse gradients", hint="set horovod.sparse_as_dense=true"
+                )
+    wanted = {id(parameter) for parameter in held}
+    named = [(name, parameter) for name, parameter in model.named_parameters() if id(parameter) in wanted]
+    if len(named) < len(wanted):
+        raise ConfigError(
+            f"the optimizer has {len(wanted) - len(named)} parameters that the model does not have",
             hint="what Task.parameters returns must be parameters of what Task.model returns",
         )
-    return found
+    return named, {
+        "limit": horovod.bucket,
+        "wire": _wire(horovod),
+        "rows": rows,
+        "dense": horovod.sparse_as_dense,
+        "post": _before(horovod, ranks) / ranks if horovod.op == "average" else 1.0,
+    }
+
+
+def _before(horovod: Horovod, ranks: int) -> float:
+    """What the loss is divided by for the average over ranks; the rest of the division follows the sum."""
+    if horovod.op != "average" or ranks == 1:
+        return 1.0
+    return ranks if horovod.predivide is None else horovod.predivide
+
+
+def _wire(horovod: Horovod) -> torch.dtype | None:
+    return torch.float16 if horovod.compression == "fp16" else None
 
 
 def _with_rows(model: torch.nn.Module) -> frozenset[str]:

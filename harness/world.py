@@ -21,7 +21,7 @@ from harness.config import Horovod as Settings
 from harness.device import choose_device
 from harness.env import Environment
 from harness.errors import Unavailable
-from harness.parallel.groups import SINGLE, Grid, Group, Groups, Ranks, arrange, groups_of
+from harness.parallel.groups import SINGLE, Grid, Group, Groups, Ranks, Shards, arrange, groups_of
 from harness.parallel.settings import Parallel
 from harness.rundir import storage_errors
 
@@ -160,7 +160,7 @@ def bring_up(
     sets: list[Any] = []
     if mpi is not None and comm.size == environment.size:
         grid = _arrange(environment, comm, parallel)
-        sets = [hvd.ProcessSet(list(ranks)) for ranks in grid.sets()]
+        sets = [hvd.ProcessSet(list(ranks)) for ranks in grid.sets(parallel.optimizer_shards)]
     try:
         if mpi is not None:
             hvd.init(comm=mpi.COMM_WORLD, process_sets=sets)
@@ -179,7 +179,7 @@ def bring_up(
         comm = Horovod()
     if grid is None:
         grid = _arrange(environment, comm, parallel)
-        sets = [hvd.add_process_set(list(ranks)) for ranks in grid.sets()]
+        sets = [hvd.add_process_set(list(ranks)) for ranks in grid.sets(parallel.optimizer_shards)]
     return World(
         rank=environment.rank,
         size=environment.size,
@@ -189,7 +189,7 @@ def bring_up(
         device=device,
         comm=comm,
         controller="none" if alone else "mpi" if mpi is not None else "gloo",
-        groups=form_groups(grid, environment.rank, sets),
+        groups=form_groups(grid, environment.rank, sets, parallel.optimizer_shards),
     )
 
 
@@ -198,12 +198,12 @@ def _arrange(environment: Environment, comm: Comm, parallel: Parallel) -> Grid:
     return arrange([str(host) for host in comm.all_gather(environment.host)], model=parallel.model)
 
 
-def form_groups(grid: Grid, rank: int, sets: Iterable[Any]) -> Groups:
-    """A rank's groups with the process sets that Horovod has made of `grid.sets()`."""
+def form_groups(grid: Grid, rank: int, sets: Iterable[Any], spread: Shards = "none") -> Groups:
+    """A rank's groups with the process sets that Horovod has made of `grid.sets(spread)`."""
     import horovod.torch as hvd
 
     known: dict[Ranks, Any] = {tuple(one.ranks): one for one in sets}
-    return groups_of(grid, rank, {**known, tuple(range(len(grid.hosts))): hvd.global_process_set})
+    return groups_of(grid, rank, {**known, tuple(range(len(grid.hosts))): hvd.global_process_set}, spread)
 
 
 def check_views(views: dict[str, tuple[int, int]], launcher: str) -> None:

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from itertools import pairwise
+from itertools import accumulate, pairwise
 
 from hypothesis import given
 from hypothesis import strategies as st
 
-from harness.parallel.buckets import Piece, plan_buckets
+from harness.parallel.buckets import Bucket, Piece, cut, plan_buckets
 
 PIECES = st.lists(st.builds(Piece, st.integers(0, 50), st.sampled_from(["f32", "f64"]), st.sampled_from([4, 8])))
 
@@ -46,3 +46,13 @@ def test_no_bucket_could_take_the_next_gradient(pieces: list[Piece], limit: int)
 def test_ten_thousand_parameters_are_planned_at_once() -> None:
     (bucket,) = plan_buckets([Piece(3, "f32")] * 10_000, limit=1 << 30)
     assert bucket.elements == 30_000
+
+
+@given(st.lists(st.integers(0, 30), min_size=1, max_size=6), st.integers(1, 9))
+def test_a_bucket_is_cut_so_that_each_element_is_in_one_part(sizes: list[int], parts: int) -> None:
+    bucket = Bucket(tuple(range(len(sizes))), tuple(accumulate([0, *sizes[:-1]])), sum(sizes))
+    length = -(-sum(sizes) // parts) + 1
+    held = [cut(bucket, sizes, part * length, (part + 1) * length) for part in range(parts)]
+    for number, size in enumerate(sizes):
+        assert [at for lo, hi in (part[number] for part in held) for at in range(lo, hi)] == list(range(size))
+    assert all(sum(hi - lo for lo, hi in part) <= length for part in held)

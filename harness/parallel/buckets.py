@@ -56,3 +56,13 @@ def plan_buckets(pieces: Sequence[Piece], limit: int) -> list[Bucket]:
 def _bucket(pieces: Sequence[Piece], members: Sequence[int]) -> Bucket:
     ends = tuple(accumulate(pieces[number].elements for number in members))
     return Bucket(tuple(members), (0, *ends[:-1]), ends[-1])
+
+
+def cut(bucket: Bucket, sizes: Sequence[int], lo: int, hi: int) -> list[tuple[int, int]]:
+    """Of each member (`sizes`: their elements), which of its elements lie in [lo, hi) of the bucket; lo = hi: none.
+
+    >>> cut(Bucket((1, 0), (0, 5), 15), [5, 10], 3, 8)
+    [(3, 5), (0, 3)]
+    """
+    places = zip(bucket.offsets, sizes, strict=True)
+    return [(min(max(lo - at, 0), size), min(max(hi - at, 0), size)) for at, size in places]

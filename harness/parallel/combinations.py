@@ -8,6 +8,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from harness.parallel.settings import ELEMENTWISE
+
 if TYPE_CHECKING:
     from harness.config import Config
 
@@ -23,6 +25,16 @@ def check_parallel(config: Config) -> None:
                 "train.precision=fp16": config.train.precision == "fp16",
                 "train.ema": config.train.ema is not None,
                 "checkpoint.mode=lazy": config.checkpoint.mode == "lazy",
+            },
+        )
+    if config.parallel.optimizer_shards != "none":
+        module, _, name = config.optim.name.rpartition(":")
+        known = not module or (module == "torch.optim" and name in ELEMENTWISE)
+        _refuse(
+            f"parallel.optimizer_shards={config.parallel.optimizer_shards} cuts parameters anywhere",
+            {
+                "horovod.op=adasum": config.horovod.op == "adasum",
+                f"optim.name={config.optim.name}": not known,
             },
         )
 

@@ -51,20 +51,21 @@ class Reducer:
     ) -> None:
         import horovod.torch as hvd
 
+        trained = [(name, parameter) for name, parameter in parameters if parameter.requires_grad]
+        for name, parameter in trained:
+            if parameter.dtype not in REDUCIBLE:
+                raise ConfigError(f"parameter {name} is of {parameter.dtype}, whose gradient Horovod cannot reduce")
         self._where = {"process_set": process_set or hvd.global_process_set}
+        self._wire = wire
         self._post = post
         self._ranks = self._where["process_set"].size()
         self.sent = 0.0
         """Bytes that this rank has sent to others, at least."""
         self._expected = False
-        trained = [(name, parameter) for name, parameter in parameters if parameter.requires_grad]
-        for name, parameter in trained:
-            if parameter.dtype not in REDUCIBLE:
-                raise ConfigError(f"parameter {name} is of {parameter.dtype}, whose gradient Horovod cannot reduce")
         in_buckets = [(name, parameter) for name, parameter in trained if dense or name not in rows]
         pieces = [Piece(p.numel(), (p.dtype, p.device), p.element_size()) for _, p in in_buckets]
         self._buckets = [
-            _Filling(bucket, [in_buckets[number] for number in bucket.members], wire)
+            self._fill(bucket, [in_buckets[number] for number in bucket.members])
             for bucket in plan_buckets(pieces, limit)
         ]
         self._rows = [_Rows(name, parameter) for name, parameter in trained if name in rows and not dense]
@@ -98,7 +99,10 @@ class Reducer:
                 parameter.grad = parameter.grad.to_sparse(1)
         self._expected = False
 
-    def _hook(self, filling: _Filling, slot: int) -> Callable[[Tensor], None]:
+    def _fill(self, bucket: Bucket, members: Sequence[tuple[str, torch.nn.Parameter]]) -> Filling:
+        return Filling(bucket, members, self._wire)
+
+    def _hook(self, filling: Filling, slot: int) -> Callable[[Tensor], None]:
         def arrived(parameter: Tensor) -> None:
             filling.keep(slot)
             if self._expected:
@@ -115,7 +119,7 @@ class Reducer:
 
         return arrived
 
-    def _send(self, filling: _Filling) -> None:
+    def _send(self, filling: Filling) -> None:
         import horovod.torch as hvd
 
         flat = filling.load()
@@ -124,7 +128,7 @@ class Reducer:
             flat, name=filling.name, op=hvd.Sum, postscale_factor=self._post, **self._where
         )
 
-    def _receive(self, filling: _Filling) -> None:
+    def _receive(self, filling: Filling) -> None:
         wait(filling.handle)
         filling.unload()
 
@@ -159,23 +163,39 @@ def _when_ready(parameter: torch.nn.Parameter, hook: Callable[[Tensor], None]) -
     parameter.register_post_accumulate_grad_hook(hook)  # type: ignore[no-untyped-call]
 
 
-class _Filling:
-    """One bucket's memory. After the gradients it has an element per parameter: how many ranks have its gradient."""
+class Filling:
+    """One bucket's memory. After the gradients it has an element per parameter: how many ranks have its gradient.
+
+    multiple: of what its length is to be. row_major: how its gradients lie; else as their parameters do.
+    """
 
     def __init__(
-        self, bucket: Bucket, members: Sequence[tuple[str, torch.nn.Parameter]], wire: torch.dtype | None
+        self,
+        bucket: Bucket,
+        members: Sequence[tuple[str, torch.nn.Parameter]],
+        wire: torch.dtype | None,
+        multiple: int = 1,
+        *,
+        row_major: bool = False,
     ) -> None:
+        self.bucket = bucket
         self.names = [name for name, _ in members]
         self.parameters = [parameter for _, parameter in members]
         self.name = ""
         self.handle: Any = None
         self.missing = set(range(len(members)))
+        """Those that have not arrived in the last pass."""
+        self.unused: set[int] = set()
+        """Those that had no gradient in this step, on this rank."""
         first = self.parameters[0]
-        self.flat = torch.zeros(bucket.elements + len(members), dtype=first.dtype, device=first.device)
-        self.users = self.flat[bucket.elements :]
+        length = -(-(bucket.elements + len(members)) // multiple) * multiple
+        self.flat = torch.zeros(length, dtype=first.dtype, device=first.device)
+        self.users = self.flat[bucket.elements : bucket.elements + len(members)]
         self.views = [
             # torch's fused optimizers take a gradient's strides to be its parameter's
-            self.flat.as_strided(parameter.shape, torch.empty_like(parameter).stride(), at)
+            self.flat[at : at + parameter.numel()].view(parameter.shape)
+            if row_major
+            else self.flat.as_strided(parameter.shape, torch.empty_like(parameter).stride(), at)
             for at, parameter in zip(bucket.offsets, self.parameters, strict=True)
         ]
         wire = wire or travels_as(first.dtype)
@@ -200,22 +220,25 @@ class _Filling:
     def load(self) -> Tensor:
         """What travels. Parameters without a gradient on this rank count as zeros."""
         self.users.fill_(1)
-        for slot in self.missing:
-            if self.parameters[slot].grad is None:
-                self.views[slot].zero_()
-                self.users[slot] = 0
-                self.parameters[slot].grad = self.views[slot]
-            else:
-                self.keep(slot)
+        self.unused = {slot for slot in self.missing if self.parameters[slot].grad is None}
+        for slot in self.missing - self.unused:
+            self.keep(slot)
+        for slot in self.unused:
+            self.views[slot].zero_()
+            self.users[slot] = 0
+            self.parameters[slot].grad = self.views[slot]
         return self.flat if self.wire is self.flat else self.wire.copy_(self.flat)
 
     def unload(self) -> None:
         if self.wire is not self.flat:
             self.flat.copy_(self.wire)
-        if self.missing:
+        if self.unused:
             for slot, users in enumerate(self.users.tolist()):
                 if users == 0:
                     self.parameters[slot].grad = None
+        self.empty()
+
+    def empty(self) -> None:
         self.missing = set(range(len(self.parameters)))
         self.handle = None
 

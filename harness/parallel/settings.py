@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Literal
+
 from pydantic import model_validator
 
 from harness.section import Fraction, Positive, PositiveFloat, Section
@@ -16,11 +18,17 @@ class Outer(Section):
     """Of the differences of earlier rounds."""
 
 
+ELEMENTWISE = ("SGD", "Adagrad", "RMSprop", "Adam", "AdamW", "NAdam", "RAdam", "Adamax", "Adadelta", "ASGD", "Rprop")
+"""Those of torch.optim, besides the built-in ones, that treat every element alone: their state can be cut anywhere."""
+
+
 class Parallel(Section):
     """How ranks share the work; unset: every rank has the whole model and its own samples."""
 
     model: Positive = 1
     """Ranks that share one copy of the model, each with a part of its layers (tensor parallel)."""
+    optimizer_shards: Literal["none", "node", "all"] = "none"
+    """Ranks that share one optimizer state, each with a slice of it: none, those of a node, or all (ZeRO stage 1)."""
     average_every: Positive = 1
     """Steps that ranks take on their own before their parameters are averaged (local SGD); 1: gradients are, always."""
     outer: Outer | None = None
@@ -35,6 +43,8 @@ class Parallel(Section):
     def _fits(self) -> Parallel:
         if self.outer is not None and not self.local:
             raise ValueError("outer needs average_every: the steps between two of its own")
+        if self.local and self.optimizer_shards != "none":
+            raise ValueError("average_every takes whole optimizers: it does not go with optimizer_shards")
         if self.local and self.model > 1:
             raise ValueError("average_every takes whole models: it does not go with model, which cuts them")
         return self

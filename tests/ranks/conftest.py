@@ -28,6 +28,7 @@ def world() -> Iterator[object]:
     from harness.world import bring_up
 
     start_forkserver()  # before MPI, as in a real rank
+    os.environ["HOROVOD_DYNAMIC_PROCESS_SETS"] = "1"  # some tests add their own
     yield bring_up(identify(), Horovod(), Path.cwd())
 
 
