@@ -10,6 +10,7 @@ from pydantic import ValidationError
 from harness.config import Config
 
 RUN = {"name": "x", "task": {"name": "linear"}, "train": {"steps": 1, "global_batch": 8}}
+SHARDS = {"parallel": {"optimizer_shards": "all"}}
 LOCAL = {"parallel": {"average_every": 4}}
 FP16 = {"train": {"steps": 1, "global_batch": 8, "precision": "fp16", "ema": 0.9}}
 
@@ -23,6 +24,10 @@ FP16 = {"train": {"steps": 1, "global_batch": 8, "precision": "fp16", "ema": 0.9
         (LOCAL | {"checkpoint": {"mode": "lazy"}}, "does not go with checkpoint.mode=lazy"),
         ({"parallel": {"average_every": 4, "model": 2}}, "average_every takes whole models"),
         ({"parallel": {"outer": {}}}, "outer needs average_every"),
+        ({"parallel": {"average_every": 4, "optimizer_shards": "node"}}, "average_every takes whole optimizers"),
+        (SHARDS | {"horovod": {"op": "adasum"}}, "optimizer_shards=all cuts parameters .* with horovod.op=adasum"),
+        (SHARDS | {"optim": {"name": "torch.optim:Adafactor"}}, "does not go with optim.name=torch.optim:Adafactor"),
+        (SHARDS | {"optim": {"name": "mine:Adam"}}, "does not go with optim.name=mine:Adam"),
         ({"parallel": {"average_every": 0}}, "greater than 0"),
     ],
 )
@@ -35,3 +40,5 @@ def test_right_combinations() -> None:
     config = Config.model_validate(RUN | {"parallel": {"average_every": 4, "outer": {"lr": 0.5}}})
     assert config.parallel.local and config.parallel.outer is not None and config.parallel.outer.momentum == 0.9
     assert not Config.model_validate(RUN).parallel.local
+    for name in ("momentum", "torch.optim:NAdam"):
+        assert Config.model_validate(RUN | SHARDS | {"optim": {"name": name}}).parallel.optimizer_shards == "all"
