@@ -77,7 +77,7 @@ def refusal(
     return {"failed": f"{place} failed {told.get('when') or when}: {told['message']}", "hint": told["hint"]}
 
 
-def describe(error: Exception | None) -> Json:
+def describe(error: BaseException | None) -> Json:
     """An error in words for the other ranks, None where there is none."""
     if error is None:
         return None

@@ -1,7 +1,7 @@
 """One save after another: agree on it, copy this rank's slice, and leave the rest to a thread (`writing`).
 
 main thread    collect the state -> vote -> copy this rank's slice of the file into reused memory
-saver thread   write it -> vote -> commit
+saver thread                                write what is copied -> vote -> commit
 
 Both votes have a deadline and name the ranks that did not come (`ballot`). Otherwise no rank waits for another one,
 but where the ranks must exchange something (replicas to compare, shards, mpio): then a third vote finds out before that
@@ -26,6 +26,7 @@ from harness.checkpoint.agree import SaveFailed, attempt, describe, refusal, tog
 from harness.checkpoint.ballot import Ballot, Decide, NoAnswer
 from harness.checkpoint.comm import Comm, Json
 from harness.checkpoint.copies import compare_copies
+from harness.checkpoint.copying import Copying
 from harness.checkpoint.engines import Engine
 from harness.checkpoint.exchange import exchange
 from harness.checkpoint.file import fit_head
@@ -38,7 +39,7 @@ from harness.checkpoint.policy import Keep
 from harness.checkpoint.replicas import Unequal, compare, found
 from harness.checkpoint.schema import schema_lines
 from harness.checkpoint.snapshot import Snapshot
-from harness.checkpoint.staging import Image, Staging
+from harness.checkpoint.staging import Staging
 from harness.checkpoint.state import State, take
 from harness.checkpoint.tensors import Part
 from harness.checkpoint.tree import encode
@@ -72,7 +73,7 @@ class Saver:
         self.lines: queue.SimpleQueue[str] = queue.SimpleQueue()
         """What there is to tell, from both threads."""
         self._staging = Staging()
-        self._thread = ThreadPoolExecutor(1, thread_name_prefix="harness-checkpoint")
+        self._thread = ThreadPoolExecutor(2, thread_name_prefix="harness-checkpoint")
         self._running: Future[Outcome] | None = None
         self._copied: Future[None] | None = None
         self._form: Form | None = None
@@ -330,7 +331,7 @@ class Saver:
         self.lines.put(f"warning: {told}; the copy of {first} is saved")
 
     def _copy(self, order: Order) -> None:
-        """Copy this rank's slice (in lazy mode: what may change before the fence), and start the writing."""
+        """Copy this rank's slice (in lazy mode: what may change before the fence); meanwhile the writing begins."""
         layout, snapshot = order.form.layout, order.taken.snapshot
         buffers = [snapshot.buffers[leaf.name] for leaf in layout.leaves]
         late = [i for i, leaf in enumerate(layout.leaves) if leaf.name in snapshot.late] if self._lazy else []
@@ -338,31 +339,34 @@ class Saver:
         plan = make_plan(
             layout, rank=self._comm.rank, size=self._comm.size, from_rank0=self._from_rank0, holders=holders
         )
-
-        def copy() -> list[Image]:
-            images = self._staging.prepare(layout, plan)
-            now = set(range(len(buffers))) - set(late) - layout.parted
-            self._staging.fill(buffers, sorted(now) if late else None)
-            return images
+        images, error = attempt(lambda: self._staging.prepare(layout, plan))
+        copying = Copying(images or [], error)
+        if self._engine.background:
+            self._running = self._thread.submit(self._writer.run, order, copying)
+        with copying.failing():
+            now = sorted(set(range(len(buffers))) - set(late) - layout.parted) if late else None
+            if error is None:
+                with copying.failing():
+                    self._staging.fill(buffers, now, None if late or holders else copying.reach)
+            if holders is not None:
+                # Also where this rank could not copy: the others wait for its parts.
+                exchange(layout, plan, holders, _parts(layout, snapshot), self._comm, self._staging.view)
+        copying.waited = time.perf_counter() - order.began
 
         def copy_late() -> None:
-            if late and images is not None:
-                self._staging.fill(buffers, late)
+            with copying.failing():
+                copying.check()
+                self._staging.fill(buffers, late, copying.reach)
+            copying.end()
 
-        images, error = attempt(copy)
-        if holders is not None:
-            # Also where this rank could not copy: the others wait for its parts.
-            parts, view = _parts(layout, snapshot), self._staging.view
-            _, failed = attempt(lambda: exchange(layout, plan, holders, parts, self._comm, view))
-            error = error or failed
-        if self._engine.background:
-            waited = time.perf_counter() - order.began
+        if late:
             self._copied = self._thread.submit(copy_late)
-            self._running = self._thread.submit(self._writer.run, order, images, error, self._copied, waited)
-            return
-        together(self._comm, order.step, "while it copied its part", lambda: _result(error))
-        self._running = Future()
-        self._running.set_result(self._writer.run(order, images, None, None, 0.0))
+        else:
+            copying.end()
+        if not self._engine.background:
+            together(self._comm, order.step, "while it copied its part", copying.outcome)
+            self._running = Future()
+            self._running.set_result(self._writer.run(order, copying))
 
 
 def _parts(layout: Layout, snapshot: Snapshot) -> dict[int, Part]:
@@ -376,9 +380,3 @@ def _collect(step: int, state: State, metrics: Mapping[str, float] | None, comm:
     encoded: Any = encode(dict(metrics or {}), "metrics", {})
     snapshot = take(state, comm.rank, comm.size)
     return Taken(snapshot, snapshot.schema().hash, encoded)
-
-
-def _result(error: Exception | None) -> tuple[None, Json]:
-    if error is not None:
-        raise error
-    return None, None

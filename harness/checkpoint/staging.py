@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import bisect
 import mmap
-from collections.abc import Collection, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -64,6 +64,7 @@ class Staging:
         self._runs: list[tuple[int, int, int]] = []  # (lo, hi, at): file bytes [lo, hi) lie at `at` of the memory
         self._pieces: list[tuple[int, int, int, int]] = []  # (leaf, lo, hi, at): its bytes [lo, hi) lie at `at`
         self._images: list[Image] = []
+        self._ends: list[int] = []  # where each image ends in the memory
         self._gpu = Gpu()
 
     def prepare(self, layout: Layout, plan: Plan) -> list[Image]:
@@ -81,36 +82,45 @@ class Staging:
             self._runs.append((lo, hi, needed))
             needed += -(-(hi - lo) // mmap.PAGESIZE) * mmap.PAGESIZE
         self._reserve(needed)
-        self._pieces = []
-        for lo, hi, at in self._runs:
-            done = at
-            for piece in layout.pieces(lo, hi):
-                start = at + piece.offset - lo
-                self._memory[done:start] = 0
-                done = start + piece.hi - piece.lo
-                self._pieces.append((piece.leaf, piece.lo, piece.hi, start))
-            self._memory[done : at + hi - lo] = 0
+        self._pieces, self._ends = [], []
         runs = iter(self._runs)
         lo = hi = at = 0
         for block, begin, end in plan.ranges(layout, min(LARGE_IMAGE, max(IMAGE, needed // IMAGES_WANTED))):
             while not lo <= begin < hi:
                 lo, hi, at = next(runs)
-            self._images.append(Image(block, begin, self._memory[at + begin - lo : at + end - lo]))
+            first, last = at + begin - lo, at + end - lo
+            self._images.append(Image(block, begin, self._memory[first:last]))
+            self._ends.append(last)
+            done = first
+            for piece in layout.pieces(begin, end):
+                start = first + piece.offset - begin
+                self._memory[done:start] = 0
+                done = start + piece.hi - piece.lo
+                self._pieces.append((piece.leaf, piece.lo, piece.hi, start))
+            self._memory[done:last] = 0
         self._layout, self._plan = layout, plan
         return list(self._images)
 
-    def fill(self, buffers: Sequence[Buffer], leaves: Collection[int] | None = None) -> None:
+    def fill(
+        self,
+        buffers: Sequence[Buffer],
+        leaves: Collection[int] | None = None,
+        reached: Callable[[int], None] | None = None,
+    ) -> None:
         """Copy the bytes of these leaves that lie in the plan's blocks; None: of all that every rank holds whole.
 
         `buffers`: one per leaf of the layout, in its order. `leaves`: indices into them. What ranks hold in parts comes
-        by `exchange`.
+        by `exchange`. `reached` hears now and then how many of the images, from the first on, have got their bytes.
         """
         layout = self._prepared()
         wanted = None if leaves is None else frozenset(leaves)
         others = layout.parted
         pieces = [piece for piece in self._pieces if (piece[0] not in others if wanted is None else piece[0] in wanted)]
-        with self._gpu.copying(self._memory, (buffers[leaf].device for leaf, _, _, _ in pieces)):
-            self._fill(buffers, pieces)
+        devices = {buffers[leaf].device for leaf, _, _, _ in pieces}
+        with self._gpu.copying(self._memory, devices):  # what comes from a GPU is there at its end
+            self._fill(buffers, pieces, reached if devices <= {None} else None)
+        if reached is not None:
+            reached(len(self._images))
 
     def put(self, offset: int, data: Bytes) -> None:
         """Bytes at an offset of the file, inside one run of the plan's blocks. Raises InternalError elsewhere."""
@@ -130,7 +140,10 @@ class Staging:
         self._gpu.close()
         self.__init__()  # type: ignore[misc]
 
-    def _fill(self, buffers: Sequence[Buffer], pieces: list[tuple[int, int, int, int]]) -> None:
+    def _fill(
+        self, buffers: Sequence[Buffer], pieces: list[tuple[int, int, int, int]], reached: Callable[[int], None] | None
+    ) -> None:
+        number = 0
         group: list[Any] = []  # neighbours in the memory, on the same device, which are copied in one go
         begin = end = 0
         previous: Buffer | None = None
@@ -142,6 +155,9 @@ class Staging:
             if at != end or end - begin > GROUP or (group and type(data) is not type(group[0])):
                 _copy(group, self._memory[begin:end])
                 group, begin = [], at
+                if reached is not None and self._ends[number] <= at:
+                    number = bisect.bisect_right(self._ends, at)
+                    reached(number)
             group.append(data)
             end = at + hi - lo
             previous = buffer

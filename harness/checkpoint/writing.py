@@ -2,8 +2,8 @@
 
     rank 0 makes the file -> all write their slices -> vote with a deadline -> rank 0 commits -> all learn of it
 
-Runs in one thread of its own on every rank, or on the main thread with an engine that needs it (mpio). It raises
-nothing: how it ended is an `Outcome`, the same on all ranks.
+Runs in a thread of its own on every rank, beside the copying of the slice, or on the main thread with an engine that
+needs it (mpio). It raises nothing: how it ended is an `Outcome`, the same on all ranks.
 """
 
 from __future__ import annotations
@@ -11,7 +11,6 @@ from __future__ import annotations
 import base64
 import time
 from collections.abc import Callable, Mapping
-from concurrent.futures import Future
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -24,6 +23,7 @@ from harness.checkpoint import commit, store
 from harness.checkpoint.agree import attempt, describe, refusal, wait_for
 from harness.checkpoint.ballot import PATIENCE, Ballot
 from harness.checkpoint.comm import Comm, Json
+from harness.checkpoint.copying import Copying
 from harness.checkpoint.digest import root
 from harness.checkpoint.engines import Engine
 from harness.checkpoint.layout import Layout
@@ -31,7 +31,6 @@ from harness.checkpoint.lease import Lease
 from harness.checkpoint.manifest import Manifest, render
 from harness.checkpoint.policy import Keep
 from harness.checkpoint.snapshot import Snapshot
-from harness.checkpoint.staging import Image
 from harness.errors import HarnessError, StorageError
 
 
@@ -104,29 +103,23 @@ class Writer:
     saved: int = 0
     """Rank 0: how many checkpoints came of it."""
 
-    def run(
-        self,
-        order: Order,
-        images: list[Image] | None,
-        error: Exception | None,
-        copied: Future[None] | None,
-        waited: float,
-    ) -> Outcome:
-        """Collective, in the sense that every rank does it. `error`: why this rank has no images."""
-        when, digests, elsewhere = "when it made the new file", {}, False
+    def run(self, order: Order, copying: Copying) -> Outcome:
+        """Collective, in the sense that every rank does it. It ends after the copy has ended."""
+        when = "when it made the new file"
+        error: BaseException | None = None
+        digests: dict[int, int] = {}
         try:
-            elsewhere = not self._begin(order)
-            when = "while it copied its part"
-            if error is None and copied is not None:
-                copied.result()
-            if error is None and images is not None and not elsewhere:
+            if self._begin(order):
                 when = "when it opened the new file"
                 data = order.temporary / commit.DATA
                 if self._open(data, order.form.layout.data_end):
                     when = "while it wrote its part"
-                    digests = self.engine.write(data, order.form.layout, images, self.comm)
+                    digests = self.engine.write(data, order.form.layout, copying, self.comm)
         except Exception as problem:
             error = problem
+        copying.wait()
+        if copying.failure is not None:
+            when, error = "while it copied its part", copying.failure
         told: Any = describe(error)
         if told is not None:
             told["when"] = when
@@ -141,7 +134,8 @@ class Writer:
         seconds = time.perf_counter() - order.began
         if self.comm.rank == 0 and verdict["failed"] is None:
             self._tidy_up(order)
-        return Outcome(order.step, order.final, verdict["failed"], verdict["hint"], waited or seconds, seconds)
+        waited = copying.waited if self.engine.background else seconds
+        return Outcome(order.step, order.final, verdict["failed"], verdict["hint"], waited, seconds)
 
     def _begin(self, order: Order) -> bool:
         """Rank 0 makes the file; the others wait until it has: False where it could not. Raises on rank 0; NoAnswer."""

@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterable, Sized
 from pathlib import Path
 
 from harness.checkpoint.comm import Comm
+from harness.checkpoint.copying import Copying
 from harness.checkpoint.digest import block_digests
 from harness.checkpoint.engines.output import LARGE_PART, Io, Output
 from harness.checkpoint.layout import Layout
@@ -35,8 +36,9 @@ class Direct:
         digests: dict[int, int] = {}
         failures: list[BaseException] = []
         source, lock = iter(images), threading.Lock()
-        size = sum(len(image.data) for image in images) if isinstance(images, Sized) else LARGE_PART
-        count = min(self._threads, len(images)) if isinstance(images, Sized) else self._threads
+        known = images.images if isinstance(images, Copying) else images
+        size = sum(len(image.data) for image in known) if isinstance(known, Sized) else LARGE_PART
+        count = min(self._threads, len(known)) if isinstance(known, Sized) else self._threads
 
         def following() -> Image | None:
             with lock:
@@ -45,10 +47,9 @@ class Direct:
         def work() -> None:
             try:
                 while (image := following()) is not None:
-                    values = block_digests(image.data, layout.block)
                     output.write(image.data, image.offset)
-                    with lock:
-                        digests.update(enumerate(values, start=image.block))
+                    # Afterwards: while the disk is slower than the memory, the next images are copied meanwhile.
+                    digests.update(enumerate(block_digests(image.data, layout.block), start=image.block))
             except BaseException as error:
                 failures.append(error)
 
