@@ -123,6 +123,17 @@ def _parts_with_extra_state(module: Any) -> list[tuple[str, Any]]:
     return [(name, part) for name, part in module.named_modules() if type(part).get_extra_state is not default]
 
 
+def has_own_ways(module: Any) -> bool:
+    """Whether a class of it says by itself what belongs to its state."""
+    import torch
+
+    module, kind = getattr(module, "_orig_mod", module), torch.nn.Module
+    ways = ("named_parameters", "named_buffers", "named_modules", "_named_members")
+    if any(getattr(type(module), way) is not getattr(kind, way) for way in ways):
+        return True
+    return bool(_parts_with_extra_state(module))
+
+
 def parameter_names(modules: Mapping[str, Any]) -> dict[int, tuple[str, str]]:
     """id(parameter) -> the entry of its module and its name there."""
     names: dict[int, tuple[str, str]] = {}

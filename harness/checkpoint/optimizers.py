@@ -52,11 +52,7 @@ def take_optimizer(
     described: list[Json] = []
     for group, members in zip(state_dict["param_groups"], groups, strict=True):
         by_number.update(zip(group["params"], members, strict=True))
-        options = {key: value for key, value in group.items() if key not in _NOT_OPTIONS}
-        found: dict[str, Any] = {}
-        described.append({"params": list(members), "options": encode(options, f"{root}: options", found)})
-        if found:
-            raise DataError(f"{next(iter(found))} is a tensor of several elements, which a hyperparameter cannot be")
+        described.append(describe_group(group, members, root))
     if len(set(by_number.values())) != len(by_number):
         raise DataError(f"{root} has two parameters of the same name")
     parameters, _ = _by_name(optimizer, groups)
@@ -71,6 +67,31 @@ def take_optimizer(
             rest[str(number)] = values
     record |= {"class": type(optimizer).__name__, "groups": described, "state": state}
     record["rest"] = take_tree(rest, f"{root}/_rest", "replicated", snapshot)
+
+
+def describe_group(group: Mapping[str, Any], members: Sequence[str], root: str) -> Json:
+    """JSON of one group of parameters, whose names these are. Raises DataError."""
+    options = {key: value for key, value in group.items() if key not in _NOT_OPTIONS}
+    found: dict[str, Any] = {}
+    described: Json = {"params": list(members), "options": encode(options, f"{root}: options", found)}
+    if found:
+        raise DataError(f"{next(iter(found))} is a tensor of several elements, which a hyperparameter cannot be")
+    return described
+
+
+def is_plain(optimizer: Any) -> bool:
+    """Whether its state is all in `state` and `param_groups`, with nothing but tensors and numbers per parameter."""
+    import torch
+
+    kind = torch.optim.Optimizer
+    if not isinstance(optimizer, kind) or type(optimizer).state_dict is not kind.state_dict:
+        return False
+    if optimizer._optimizer_state_dict_pre_hooks or optimizer._optimizer_state_dict_post_hooks:
+        return False
+    if not {id(key) for key in optimizer.state} <= {id(p) for group in optimizer.param_groups for p in group["params"]}:
+        return False
+    kinds = {type(value) for values in optimizer.state.values() for value in values.values()}
+    return kinds <= {torch.Tensor, torch.nn.Parameter, float, int, bool, str, type(None)}
 
 
 def prepare_optimizer(

@@ -31,6 +31,7 @@ from harness.checkpoint.engines import Engine
 from harness.checkpoint.exchange import exchange
 from harness.checkpoint.file import fit_head
 from harness.checkpoint.holders import Holders, gather_holders, signature
+from harness.checkpoint.known import Known
 from harness.checkpoint.layout import Layout, lay_out
 from harness.checkpoint.lease import InUse, Lease
 from harness.checkpoint.manifest import Manifest, render
@@ -38,10 +39,10 @@ from harness.checkpoint.plan import make_plan
 from harness.checkpoint.policy import Keep
 from harness.checkpoint.replicas import Unequal, compare, found
 from harness.checkpoint.schema import schema_lines
-from harness.checkpoint.snapshot import Snapshot
+from harness.checkpoint.snapshot import Schema, Snapshot
 from harness.checkpoint.staging import Staging
 from harness.checkpoint.state import State, take
-from harness.checkpoint.tensors import Part
+from harness.checkpoint.tensors import Buffer, Part
 from harness.checkpoint.tree import encode
 from harness.checkpoint.writing import Form, Order, Outcome, Taken, Writer
 from harness.errors import DataError, InputMissing, StorageError
@@ -76,6 +77,9 @@ class Saver:
         self._thread = ThreadPoolExecutor(2, thread_name_prefix="harness-checkpoint")
         self._running: Future[Outcome] | None = None
         self._copied: Future[None] | None = None
+        self._known: Known | None = None
+        self._schema: Schema | None = None
+        self._ordered: tuple[object, object, list[Buffer]] = (None, None, [])
         self._form: Form | None = None
         self._from_rank0: tuple[int, ...] = ()
         self._held: Holders | None = None
@@ -100,7 +104,7 @@ class Saver:
         Collective. Raises, on all ranks alike, SaveFailed where it cannot begin, InUse where another job saves here.
         """
         began = time.perf_counter()
-        taken, error = attempt(lambda: _collect(step, state, metrics, self._comm))
+        taken, error = attempt(lambda: self._collect(step, state, metrics))
         message: Json = {
             "step": step,
             "busy": self._running is not None and not self._running.done(),
@@ -139,6 +143,7 @@ class Saver:
     def restored(self) -> None:
         """The state is another one now, perhaps of an earlier step. All ranks say so after the same saves. Local."""
         self._era += 1
+        self._known = None
 
     def fence(self) -> None:
         """Return once the running save has its own copy of the state. Local."""
@@ -177,6 +182,20 @@ class Saver:
             self._lease.release()
             self._lease = None
         self._staging.close()
+        self._known, self._ordered = None, (None, None, [])
+
+    def _collect(self, step: int, state: State, metrics: Mapping[str, float] | None) -> Taken:
+        """What there is to save; faster where only values have changed since the last time. Raises DataError."""
+        if step < 0:
+            raise DataError(f"the step is {step}; steps count from 0")
+        encoded: Any = encode(dict(metrics or {}), "metrics", {})
+        again = None if self._known is None else self._known.again(state)
+        if again is not None:
+            return Taken(again.snapshot, again.record, again.snapshot.schema().hash, encoded)
+        self._known = None
+        snapshot = take(state, self._comm.rank, self._comm.size, before=self._schema)
+        self._schema, self._known = snapshot.schema(), Known.of(state, snapshot)
+        return Taken(snapshot, lambda: snapshot.record, self._schema.hash, encoded)
 
     # Agreeing
 
@@ -330,10 +349,18 @@ class Saver:
             raise SaveFailed(f"the checkpoint of step {step} was not saved: {told}")
         self.lines.put(f"warning: {told}; the copy of {first} is saved")
 
+    def _in_order(self, layout: Layout, snapshot: Snapshot) -> list[Buffer]:
+        """The buffers in the order of the layout; the same list for the same ones, so that `Staging` knows them."""
+        known, of, found = self._ordered
+        if known is not snapshot.buffers or of is not layout:
+            found = [snapshot.buffers[leaf.name] for leaf in layout.leaves]
+            self._ordered = snapshot.buffers, layout, found
+        return found
+
     def _copy(self, order: Order) -> None:
         """Copy this rank's slice (in lazy mode: what may change before the fence); meanwhile the writing begins."""
         layout, snapshot = order.form.layout, order.taken.snapshot
-        buffers = [snapshot.buffers[leaf.name] for leaf in layout.leaves]
+        buffers = self._in_order(layout, snapshot)
         late = [i for i, leaf in enumerate(layout.leaves) if leaf.name in snapshot.late] if self._lazy else []
         holders = self._holders if layout.parted else None
         plan = make_plan(
@@ -372,11 +399,3 @@ class Saver:
 def _parts(layout: Layout, snapshot: Snapshot) -> dict[int, Part]:
     """This rank's parts by leaf index."""
     return {index: snapshot.parts[layout.leaves[index].name] for index in layout.parted}
-
-
-def _collect(step: int, state: State, metrics: Mapping[str, float] | None, comm: Comm) -> Taken:
-    if step < 0:
-        raise DataError(f"the step is {step}; steps count from 0")
-    encoded: Any = encode(dict(metrics or {}), "metrics", {})
-    snapshot = take(state, comm.rank, comm.size)
-    return Taken(snapshot, snapshot.schema().hash, encoded)

@@ -12,9 +12,9 @@ from __future__ import annotations
 
 import bisect
 import mmap
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
@@ -36,6 +36,19 @@ IMAGES_WANTED = 8
 
 GROUP = 1 << 20
 """Bytes of small tensors that are copied at once."""
+
+_Piece = tuple[int, int, int, int]
+"""(leaf, lo, hi, at): its bytes [lo, hi) lie at `at` of the memory."""
+_Group = tuple[list[Any], int, int]
+"""(parts, begin, end): parts that follow each other, all of numpy or all on one GPU, are bytes [begin, end) there."""
+
+
+class _Known(NamedTuple):
+    """What `fill` has found to copy: the same again, as long as the buffers are the same."""
+
+    buffers: Sequence[Buffer]
+    leaves: frozenset[int] | None
+    groups: list[_Group]
 
 
 @dataclass(frozen=True, eq=False)
@@ -62,7 +75,8 @@ class Staging:
         self._layout: Layout | None = None
         self._plan: Plan | None = None
         self._runs: list[tuple[int, int, int]] = []  # (lo, hi, at): file bytes [lo, hi) lie at `at` of the memory
-        self._pieces: list[tuple[int, int, int, int]] = []  # (leaf, lo, hi, at): its bytes [lo, hi) lie at `at`
+        self._pieces: list[_Piece] = []
+        self._known: list[_Known] = []
         self._images: list[Image] = []
         self._ends: list[int] = []  # where each image ends in the memory
         self._gpu = Gpu()
@@ -82,7 +96,7 @@ class Staging:
             self._runs.append((lo, hi, needed))
             needed += -(-(hi - lo) // mmap.PAGESIZE) * mmap.PAGESIZE
         self._reserve(needed)
-        self._pieces, self._ends = [], []
+        self._pieces, self._ends, self._known = [], [], []
         runs = iter(self._runs)
         lo = hi = at = 0
         for block, begin, end in plan.ranges(layout, min(LARGE_IMAGE, max(IMAGE, needed // IMAGES_WANTED))):
@@ -114,11 +128,22 @@ class Staging:
         """
         layout = self._prepared()
         wanted = None if leaves is None else frozenset(leaves)
-        others = layout.parted
-        pieces = [piece for piece in self._pieces if (piece[0] not in others if wanted is None else piece[0] in wanted)]
-        devices = {buffers[leaf].device for leaf, _, _, _ in pieces}
-        with self._gpu.copying(self._memory, devices):  # what comes from a GPU is there at its end
-            self._fill(buffers, pieces, reached if devices <= {None} else None)
+        self._known = [known for known in self._known if known.buffers is buffers]
+        known = next((known for known in self._known if known.leaves == wanted), None)
+        if known is not None:
+            self._copy_groups(known.groups, reached)
+        else:
+            others = layout.parted
+            pieces = [
+                piece for piece in self._pieces if (piece[0] not in others if wanted is None else piece[0] in wanted)
+            ]
+            devices = {buffers[leaf].device for leaf, _, _, _ in pieces}
+            groups: Iterable[_Group] = _grouped(buffers, pieces)
+            if all(buffers[leaf].in_place for leaf, _, _, _ in pieces):
+                groups = made = list(groups)
+                self._known.append(_Known(buffers, wanted, made))
+            with self._gpu.copying(self._memory, devices):  # what comes from a GPU is there at its end
+                self._copy_groups(groups, reached if devices <= {None} else None)
         if reached is not None:
             reached(len(self._images))
 
@@ -140,30 +165,16 @@ class Staging:
         self._gpu.close()
         self.__init__()  # type: ignore[misc]
 
-    def _fill(
-        self, buffers: Sequence[Buffer], pieces: list[tuple[int, int, int, int]], reached: Callable[[int], None] | None
-    ) -> None:
+    def _copy_groups(self, groups: Iterable[_Group], reached: Callable[[int], None] | None) -> None:
         number = 0
-        group: list[Any] = []  # neighbours in the memory, on the same device, which are copied in one go
-        begin = end = 0
-        previous: Buffer | None = None
-        for leaf, lo, hi, at in pieces:
-            buffer = buffers[leaf]
-            if buffer is not previous and previous is not None:
-                previous.release()
-            data = buffer.part(lo, hi)
-            if at != end or end - begin > GROUP or (group and type(data) is not type(group[0])):
-                _copy(group, self._memory[begin:end])
-                group, begin = [], at
-                if reached is not None and self._ends[number] <= at:
-                    number = bisect.bisect_right(self._ends, at)
-                    reached(number)
-            group.append(data)
-            end = at + hi - lo
-            previous = buffer
-        _copy(group, self._memory[begin:end])
-        if previous is not None:
-            previous.release()
+        for parts, begin, end in groups:
+            if reached is not None and self._ends[number] <= begin:
+                number = bisect.bisect_right(self._ends, begin)
+                reached(number)
+            if isinstance(parts[0], np.ndarray):
+                np.concatenate(parts, out=self._memory[begin:end])
+            else:
+                copy_from_device(parts, self._memory[begin:end])
 
     def _prepared(self) -> Layout:
         if self._layout is None:
@@ -182,11 +193,27 @@ class Staging:
             self._memory = np.frombuffer(memory, np.uint8)
 
 
-def _copy(group: list[Any], target: Bytes) -> None:
-    """Parts that follow each other, all of numpy or all on one GPU, into the memory for them."""
-    if not group:
-        return
-    if isinstance(group[0], np.ndarray):
-        np.concatenate(group, out=target)
-    else:
-        copy_from_device(group, target)
+def _grouped(buffers: Sequence[Buffer], pieces: Iterable[_Piece]) -> Iterator[_Group]:
+    """The pieces' bytes, neighbours in the memory that are on the same device together.
+
+    Where a buffer passes through a copy, a group is valid until the next one is asked for.
+    """
+    group: list[Any] = []
+    begin = end = 0
+    previous: Buffer | None = None
+    for leaf, lo, hi, at in pieces:
+        buffer = buffers[leaf]
+        if buffer is not previous and previous is not None:
+            previous.release()
+        data = buffer.part(lo, hi)
+        if at != end or end - begin > GROUP or (group and type(data) is not type(group[0])):
+            if group:
+                yield group, begin, end
+            group, begin = [], at
+        group.append(data)
+        end = at + hi - lo
+        previous = buffer
+    if group:
+        yield group, begin, end
+    if previous is not None:
+        previous.release()

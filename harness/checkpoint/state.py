@@ -52,7 +52,6 @@ class State:
         self.kinds: dict[str, str] = {name: _kind(name, value) for name, value in self.entries.items()}
         if taken := {"entries", "kinds", "shards", "optional"} & set(entries):
             raise DataError(f"an entry of a State cannot be called {taken.pop()!r}")
-        self._schema: Schema | None = None  # of the last snapshot
 
     def __getattr__(self, name: str) -> Any:
         try:
@@ -61,19 +60,19 @@ class State:
             raise AttributeError(f"this State has no {name}") from None
 
 
-def take(state: State, rank: int = 0, size: int = 1) -> Snapshot:
-    """The state's leaves, aliases and JSON, as `rank` of `size` has it.
+def take(state: State, rank: int = 0, size: int = 1, *, before: Schema | None = None) -> Snapshot:
+    """The state's leaves, aliases and JSON, as `rank` of `size` has it. `before`: the schema of an earlier snapshot.
 
     Tensors are referred to, not copied. Raises DataError.
     """
-    snapshot = Snapshot(rank, size, state.shards, before=state._schema)
+    snapshot = Snapshot(rank, size, state.shards, before=before)
     with no_collection():
         snapshot.stepped = _stepped(state)
         names = parameter_names(_modules(state))
         _check_shards(state, names)
         for entry in state.entries:
-            snapshot.record[entry] = _take_entry(entry, state, names, snapshot)
-        state._schema = snapshot.schema()
+            snapshot.record[entry] = take_entry(entry, state, names, snapshot)
+        snapshot.schema()
     return snapshot
 
 
@@ -82,7 +81,8 @@ def _stepped(state: State) -> set[int]:
     return {id(tensor) for optimizer in optimizers for group in optimizer.param_groups for tensor in group["params"]}
 
 
-def _take_entry(entry: str, state: State, names: dict[int, tuple[str, str]], snapshot: Snapshot) -> dict[str, Json]:
+def take_entry(entry: str, state: State, names: dict[int, tuple[str, str]], snapshot: Snapshot) -> dict[str, Json]:
+    """Add an entry's leaves to the snapshot, and return its JSON. `names`: of the parameters, for optimizers."""
     value, kind, root = state.entries[entry], state.kinds[entry], escape(entry)
     record: dict[str, Json] = {"kind": kind}
     if kind == "module":
@@ -206,7 +206,8 @@ def _kind(name: str, value: Any) -> str:
     if hasattr(value, "param_groups") and hasattr(value, "state_dict"):
         return "optimizer"
     if isinstance(value, MutableMapping):
-        tensors = value and all(is_tensor(item) or isinstance(item, Shard) for item in value.values())
+        one_of_each = {type(item): item for item in value.values()}.values()
+        tensors = value and all(is_tensor(item) or isinstance(item, Shard) for item in one_of_each)
         return "tensors" if tensors else "tree"
     if hasattr(value, "state_dict") and hasattr(value, "load_state_dict"):
         return "holder"

@@ -101,6 +101,11 @@ class Buffer:
         return self._view
 
     @property
+    def in_place(self) -> bool:
+        """Whether `part` is a view of the tensor's own memory, on the host."""
+        return self.device is None and self._place is not None
+
+    @property
     def device(self) -> Any | None:
         """The torch device of a tensor that is not in host memory."""
         return None if isinstance(self.array, np.ndarray) or self.array.is_cpu else self.array.device

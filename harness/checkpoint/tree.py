@@ -44,7 +44,7 @@ def encode(value: object, path: str, leaves: MutableMapping[str, Any], depth: in
     if is_tensor(value):
         return _encode_tensor(value, path, leaves)
     if isinstance(value, np.generic):
-        return {"$scalar": ["numpy-scalar", value.dtype.name, _number(value.item(), path)]}
+        return scalar("numpy-scalar", value.dtype.name, value.item(), path)
     if value is None or isinstance(value, (bool, str)):
         return value
     if isinstance(value, (int, float)):
@@ -126,9 +126,14 @@ def _encode_tensor(value: Any, path: str, leaves: MutableMapping[str, Any]) -> J
         }
     dtype = dtype_of(value)
     if value.ndim == 0 and dtype in ITEMSIZE and not dtype.startswith(("complex", "float8")):
-        return {"$scalar": [kind, dtype, _number(value.item(), path)]}
+        return scalar(kind, dtype, value.item(), path)
     leaves[path] = value
     return {"$tensor": [kind, path]}
+
+
+def scalar(kind: str, dtype: str, value: Any, path: str) -> Json:
+    """JSON of a single number of a dtype; kind: "torch", "numpy" (0-dimensional arrays) or "numpy-scalar"."""
+    return {"$scalar": [kind, dtype, _number(value, path)]}
 
 
 def _number(value: Any, path: str) -> Json:

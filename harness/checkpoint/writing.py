@@ -39,6 +39,8 @@ class Taken:
     """What one rank wants to save."""
 
     snapshot: Snapshot
+    record: Callable[[], dict[str, Json]]
+    """JSON per entry of the state."""
     schema: str
     metrics: dict[str, Json]
 
@@ -185,7 +187,7 @@ class Writer:
             table=root(table),
             head=xxhash.xxh3_128_hexdigest(form.head),
             aliases=taken.snapshot.aliases,
-            state=taken.snapshot.record,
+            state=taken.record(),
             metrics=taken.metrics,
             info={"engine": self.engine.name, "tensors": len(form.layout.leaves), **self.info},
         )
