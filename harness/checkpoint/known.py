@@ -80,7 +80,7 @@ class Known:
         found = {id(part): part for part in objects if is_tensor(part) and id(part) not in single}
         arrays = [tensor for tensor in found.values() if isinstance(tensor, np.ndarray)]
         tensors = [tensor for tensor in found.values() if not isinstance(tensor, np.ndarray)]
-        if _of_their_own_type(tensors):
+        if _unusual(tensors):
             return None
         return cls(snapshot, objects, tensors, arrays, _geometry(tensors, arrays), numbers)
 
@@ -191,13 +191,14 @@ def _items(tensors: Sequence[Any]) -> list[Any]:
     return [tensor.item() for tensor in tensors]
 
 
-def _of_their_own_type(tensors: Sequence[Any]) -> bool:
-    """Whether some of them are of a class that may do as it likes."""
+def _unusual(tensors: Sequence[Any]) -> bool:
+    """Whether some of them are of a class that may do as it likes, or are not one piece of memory (sparse ones)."""
     if not tensors:
         return False
     import torch
 
-    return not set(map(type, tensors)) <= {torch.Tensor, torch.nn.Parameter}
+    plain = set(map(type, tensors)) <= {torch.Tensor, torch.nn.Parameter}
+    return not plain or {tensor.layout for tensor in tensors} != {torch.strided}
 
 
 def _geometry(tensors: Sequence[Any], arrays: Sequence[Any]) -> Any:
@@ -207,7 +208,7 @@ def _geometry(tensors: Sequence[Any], arrays: Sequence[Any]) -> Any:
         return of_numpy
     from torch import Tensor
 
-    # This runs while training waits: attributes take twice as long as `map`, and so do tensors that left the CPU's cache.
+    # Training waits for this: attributes take twice as long as `map`, and so do tensors that have left the CPU's cache.
     methods = (Tensor.data_ptr, Tensor.size, Tensor.stride, Tensor.dtype.__get__)  # type: ignore[attr-defined]
     of_torch: list[Any] = []
     for at in range(0, len(tensors), _CHUNK):

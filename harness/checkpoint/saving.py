@@ -24,6 +24,7 @@ from typing import Any
 from harness.checkpoint import ballot, commit, space, store
 from harness.checkpoint.agree import SaveFailed, attempt, describe, refusal, together
 from harness.checkpoint.ballot import Ballot, Decide, NoAnswer
+from harness.checkpoint.collecting import Collector
 from harness.checkpoint.comm import Comm, Json
 from harness.checkpoint.copies import compare_copies
 from harness.checkpoint.copying import Copying
@@ -31,7 +32,6 @@ from harness.checkpoint.engines import Engine
 from harness.checkpoint.exchange import exchange
 from harness.checkpoint.file import fit_head
 from harness.checkpoint.holders import Holders, gather_holders, signature
-from harness.checkpoint.known import Known
 from harness.checkpoint.layout import Layout, lay_out
 from harness.checkpoint.lease import InUse, Lease
 from harness.checkpoint.manifest import Manifest, render
@@ -39,9 +39,9 @@ from harness.checkpoint.plan import make_plan
 from harness.checkpoint.policy import Keep
 from harness.checkpoint.replicas import Unequal, compare, found
 from harness.checkpoint.schema import schema_lines
-from harness.checkpoint.snapshot import Schema, Snapshot
+from harness.checkpoint.snapshot import Snapshot
 from harness.checkpoint.staging import Staging
-from harness.checkpoint.state import State, take
+from harness.checkpoint.state import State
 from harness.checkpoint.tensors import Buffer, Part
 from harness.checkpoint.tree import encode
 from harness.checkpoint.writing import Form, Order, Outcome, Taken, Writer
@@ -77,8 +77,7 @@ class Saver:
         self._thread = ThreadPoolExecutor(2, thread_name_prefix="harness-checkpoint")
         self._running: Future[Outcome] | None = None
         self._copied: Future[None] | None = None
-        self._known: Known | None = None
-        self._schema: Schema | None = None
+        self._collector = Collector(comm)
         self._ordered: tuple[object, object, list[Buffer]] = (None, None, [])
         self._form: Form | None = None
         self._from_rank0: tuple[int, ...] = ()
@@ -104,7 +103,7 @@ class Saver:
         Collective. Raises, on all ranks alike, SaveFailed where it cannot begin, InUse where another job saves here.
         """
         began = time.perf_counter()
-        taken, error = attempt(lambda: self._collect(step, state, metrics))
+        taken, error = attempt(lambda: self._collector.collect(step, state, metrics))
         message: Json = {
             "step": step,
             "busy": self._running is not None and not self._running.done(),
@@ -143,7 +142,7 @@ class Saver:
     def restored(self) -> None:
         """The state is another one now, perhaps of an earlier step. All ranks say so after the same saves. Local."""
         self._era += 1
-        self._known = None
+        self._collector.forget()
 
     def fence(self) -> None:
         """Return once the running save has its own copy of the state. Local."""
@@ -182,20 +181,8 @@ class Saver:
             self._lease.release()
             self._lease = None
         self._staging.close()
-        self._known, self._ordered = None, (None, None, [])
-
-    def _collect(self, step: int, state: State, metrics: Mapping[str, float] | None) -> Taken:
-        """What there is to save; faster where only values have changed since the last time. Raises DataError."""
-        if step < 0:
-            raise DataError(f"the step is {step}; steps count from 0")
-        encoded: Any = encode(dict(metrics or {}), "metrics", {})
-        again = None if self._known is None else self._known.again(state)
-        if again is not None:
-            return Taken(again.snapshot, again.record, again.snapshot.schema().hash, encoded)
-        self._known = None
-        snapshot = take(state, self._comm.rank, self._comm.size, before=self._schema)
-        self._schema, self._known = snapshot.schema(), Known.of(state, snapshot)
-        return Taken(snapshot, lambda: snapshot.record, self._schema.hash, encoded)
+        self._collector.forget()
+        self._ordered = (None, None, [])
 
     # Agreeing
 

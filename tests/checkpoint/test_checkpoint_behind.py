@@ -102,14 +102,15 @@ def test_steps_go_on_while_the_copy_is_written(tmp_path: Path, monkeypatch: pyte
     """Eager saves: whatever changes after the call is not seen."""
     from harness.checkpoint.engines.output import Output
 
-    original = Output.write
-    monkeypatch.setattr(Output, "write", lambda *args: (time.sleep(0.5), original(*args))[1])
+    original, trained = Output.write, threading.Event()
+    monkeypatch.setattr(Output, "write", lambda *args: (trained.wait(60), original(*args))[1])
     saver = manager(tmp_path, background=True)
     work = Trained()
     expected = work.bits()
     saver.save(1, work.state)
     train(work.model, work.first, range(3))
     assert work.bits() != expected and saver._saver._running is not None and not saver._saver._running.done()
+    trained.set()
     saver.wait()
     found = Trained(seed=5)
     assert saver.restore(found.state) == 1 and found.bits() == expected

@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from harness.checkpoint import Box, Manager, PerRank, Shard, State, keep_last, open_checkpoint
-from harness.checkpoint import saving as saving_module
+from harness.checkpoint import collecting as collecting_module
 from harness.checkpoint.comm import Single
 from harness.checkpoint.known import Known
 from harness.checkpoint.snapshot import Snapshot
@@ -202,6 +202,8 @@ def test_what_has_ways_of_its_own_is_always_taken() -> None:
     linear = torch.nn.Linear(2, 2)
     hooked = torch.optim.SGD(linear.parameters())
     hooked.register_state_dict_post_hook(lambda optimizer, state: state)
+    sparse = torch.optim.SGD(linear.parameters(), momentum=0.9)
+    sparse.state[linear.weight]["momentum_buffer"] = torch.eye(2).to_sparse()
     for entries in (
         {"model": OwnState(2, 2)},
         {"model": OwnNames(2, 2)},
@@ -209,6 +211,7 @@ def test_what_has_ways_of_its_own_is_always_taken() -> None:
         {"model": linear, "optimizer": hooked},
         {"tensors": {"a": torch.zeros(3).as_subclass(Special)}},
         {"own": PerRank({"a": np.zeros(2)})},
+        {"model": linear, "optimizer": sparse},
     ):
         state = State(**entries)
         assert Known.of(state, take(state)) is None, entries
@@ -228,7 +231,7 @@ def test_saves_of_a_loop_use_it_and_hold_the_values_of_their_time(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     taken = []
-    monkeypatch.setattr(saving_module, "take", lambda *args, **rest: (taken.append(1), take(*args, **rest))[1])
+    monkeypatch.setattr(collecting_module, "take", lambda *args, **rest: (taken.append(1), take(*args, **rest))[1])
     work, expected = Work(), {}
     with Manager(tmp_path, comm=Single(), keep=keep_last(9)) as manager:
         for step in range(1, 4):
