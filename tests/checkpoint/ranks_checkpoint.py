@@ -212,7 +212,7 @@ class Checks:
             assert not (self.root / "unequal" / "step-00000002").exists()
 
     def check_a_failure_on_one_rank_is_told_to_all(self) -> None:
-        from harness.checkpoint import saving, writing
+        from harness.checkpoint import collecting, saving, writing
 
         def fail(*args: Any, **kwargs: Any) -> Any:
             raise OSError(28, "No space left on device", "somewhere")
@@ -225,7 +225,7 @@ class Checks:
             manager.save(1, State(**trained_state()))
             moving = sys.modules[type(manager.engine).__module__]
             places = [
-                (saving, "take", self.comm.size - 1),
+                (collecting, "take", self.comm.size - 1),
                 (writing, "wait_for", self.comm.size - 1),
                 (moving, "block_digests", self.comm.size - 1),
                 (saving.Staging, "fill", 0),

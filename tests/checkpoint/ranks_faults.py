@@ -232,7 +232,7 @@ class Checks:
                 self.saves_again(manager, 1)
                 moving = sys.modules[type(manager.engine).__module__]
                 places: list[tuple[Any, str, int, str]] = [
-                    (saving, "take", self.last, "while it collected the state"),
+                    (collecting, "take", self.last, "while it collected the state"),
                     (saving, "lay_out", self.last, "when it laid out the file"),
                     (saving, "lay_out", 0, "before anything was written"),
                     (saving.Staging, "fill", self.last, "while it copied its part"),
