@@ -34,6 +34,7 @@ from harness.checkpoint import (
     Mpi,
     SaveFailed,
     State,
+    collecting,
     detect,
     every,
     keep_all,
