@@ -92,7 +92,7 @@ def table(lives: Sequence[Life], below: Path) -> Table:
             show_duration(life.eta_s) if life.alive and life.eta_s is not None else "",
             str(life.last_checkpoint) if life.last_checkpoint is not None else "",
             Text(f"{life.job} {life.job_state or ''}".strip() if life.job else ""),
-            Text(life.ended if life.ended and life.state in ("failed", "lost", "queued", "restarting") else ""),
+            Text(life.ended if life.ended and life.state != "finished" else ""),
         )
     return shown
 

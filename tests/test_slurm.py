@@ -54,7 +54,7 @@ class Held(Small):
 
 @pytest.fixture(scope="module")
 def cluster() -> Iterator[MiniSlurm]:
-    slurm = MiniSlurm(nodes=2, cpus=4, isolate=True, kill_wait=15, user=getpass.getuser())
+    slurm = MiniSlurm(nodes=2, cpus=4, isolate=True, kill_wait=10, user=getpass.getuser())
     try:
         slurm.start(timeout=60)
     except (RuntimeError, TimeoutError, OSError, subprocess.SubprocessError) as error:
@@ -143,14 +143,27 @@ def submitted(site: Site, *words: str) -> int:
     return int(site.slurm.run("sbatch", "--parsable", *words, env=site.env).stdout)
 
 
-@pytest.mark.parametrize("name", ["many_nodes_srun", "many_nodes_mpirun", "horovodrun"])
+@pytest.mark.parametrize("name", ["many_nodes_srun", "many_nodes_mpirun"])
 def test_ready_scripts_start_ranks(name: str, site: Site) -> None:
     job = submitted(site, str(ROOT / f"slurm/{name}.sh"), "run.yaml", "train.steps=4")
     site.ends(job, "COMPLETED", "FAILED")
     log = (site.folder / f"harness-{job}.log").read_text()
     assert site.slurm.state(job) == "COMPLETED", log
     assert (site.status()["state"], site.status()["world"]) == ("finished", 2)
-    assert f"2 ranks on {1 if name == 'horovodrun' else 2} host" in log
+    assert "2 ranks on 2 hosts" in log
+
+
+def test_the_ready_script_of_horovodrun_starts_ranks_and_stops_them(site: Site) -> None:
+    (site.folder / "hold").touch()
+    job = submitted(site, str(ROOT / "slurm/horovodrun.sh"), "run.yaml", "train.steps=400")
+    site.trains()
+    site.slurm.run("scancel", "--batch", "--signal=USR2", str(job))
+    site.ends(job, "FAILED", "COMPLETED")
+    log = (site.folder / f"harness-{job}.log").read_text()
+    assert site.slurm.info(job)["ExitCode"] == "75:0", log
+    assert (site.status()["state"], site.status()["last_checkpoint"]) == ("stopped", site.status()["step"])
+    assert "2 ranks on 1 host," in log
+    assert "(the stop file: signal USR2), state saved" in log
 
 
 def test_ready_scripts_for_one_node_arrays_and_chains(site: Site) -> None:
@@ -220,24 +233,30 @@ def test_a_run_goes_on_beyond_the_time_limit_as_if_there_were_none(
 ) -> None:
     """Slurm's own clock: it warns two of the jobs before their limit, and ends the third, which saves meanwhile."""
     (site.folder / "hold").touch()
+    words = {
+        "srun": ("launch.launcher=srun",),
+        "mpirun": ("launch.launcher=mpirun",),
+        "limit": ("launch.launcher=srun", "slurm.margin=0s"),  # which is no warning
+    }
     ids = {
-        name: site.submit(*TWO_NODES, f"run_dir=runs/{name}", f"launch.launcher={launcher}", "slurm.requeue=true")[0]
-        for name, launcher in (("srun", "srun"), ("mpirun", "mpirun"), ("limit", "srun"))
+        name: site.submit(*TWO_NODES, f"run_dir=runs/{name}", "slurm.requeue=true", *more)[0]
+        for name, more in words.items()
     }
     for name, job in ids.items():
         site.trains(name=f"runs/{name}")
         # the limit itself is in whole minutes; Slurm looks at its jobs every 30 seconds
         site.slurm.run("scontrol", "update", f"jobid={job}", f"EndTime=now+{3 if name == 'limit' else 80}")
     expected = calm()
-    for name in ids:
-        site.until(lambda name=name: site.status(f"runs/{name}").get("state") == "stopped", f"the stop of {name}")
+    for name, job in ids.items():
+        site.until(lambda job=job: site.slurm.info(job)["Restarts"] != "0", f"the requeue of {name}")
+        site.slurm.run("scontrol", "update", f"jobid={job}", "TimeLimit=30")  # enough for the rest
     (site.folder / "hold").unlink()
     for name, job in ids.items():
         site.until(lambda job=job: site.slurm.state(job) == "COMPLETED", f"the end of {name}")
         log = site.log(job)
         assert (site.status(f"runs/{name}")["state"], site.status(f"runs/{name}")["step"]) == ("finished", 200), log
-        why = "signal TERM" if name == "limit" else "the stop file: signal USR2"
-        assert f"of 200 ({why}), state saved" in log
+        assert ", state saved\n" in log
+        assert ("of 200 (the stop file: signal USR2)" in log) == (name != "limit")
         assert ("DUE TO TIME LIMIT" in log) == (name == "limit")
         assert f"job {job} goes back into the queue" in log
         assert "resumed from the checkpoint at step" in log

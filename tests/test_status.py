@@ -129,6 +129,7 @@ def test_all_runs_below_a_directory_as_a_table(running: RunDir, capsys: pytest.C
     make("runs/deep/b", state="finished", step=12)
     make("runs/deep/c", state="failed", summary="no space left")
     make("runs/.hidden/d")
+    make("runs/e", state="stopped", summary="stopped at step 8 of 12 (signal USR2), state saved")
     (running.root / "checkpoints" / "config.yaml").mkdir(parents=True)
     assert execute(["status"]) == 0
     lines = capsys.readouterr().out.splitlines()
@@ -136,8 +137,10 @@ def test_all_runs_below_a_directory_as_a_table(running: RunDir, capsys: pytest.C
         ["a", "running", "8/12"],
         ["deep/b", "finished", "12/12"],
         ["deep/c", "failed", "8/12"],
+        ["e", "stopped", "8/12"],
     ]
     assert "no space left" in lines[3]
+    assert "(signal USR2)" in lines[4]
 
 
 def test_a_status_that_is_no_status_is_survived() -> None:

@@ -262,7 +262,25 @@ def test_harness_stop_waits_until_the_state_is_saved(folder: Path) -> None:
         assert "runs/run is running at step" in told
         assert "stopped at step" in told.splitlines()[-1]
         assert process.wait(timeout=120) == 75
-        stopped_and_saved(folder, "the stop file")
+        stopped_and_saved(folder, "the stop file: asked by")
+    finally:
+        process.kill()
+        process.communicate()
+
+
+@needs_mpirun
+@pytest.mark.mpi
+@pytest.mark.timeout(400)
+def test_a_signal_stops_ranks_that_horovodrun_has_started_without_mpi(folder: Path) -> None:
+    """horovodrun itself dies of the signal that mpirun and srun hand on; `harness run` does not let it come so far."""
+    words = ("--launcher", "horovodrun", "launch.env={HOROVOD_CONTROLLER: gloo}", "-n", "2")
+    process = start(folder, str(BIN / "harness"), "run", "run.yaml", *words)
+    try:
+        until_it_trains(folder, process)
+        process.send_signal(signal.SIGUSR2)
+        said, _ = process.communicate(timeout=200)
+        assert process.returncode == 75, said
+        stopped_and_saved(folder, "the stop file: signal USR2")
     finally:
         process.kill()
         process.communicate()
