@@ -33,6 +33,9 @@ if TYPE_CHECKING:
 
 UNKNOWN = "discovered"
 """Stands for the hosts of an elastic run that only its discovery command knows."""
+COOLDOWN = 10
+"""Seconds that a host stays out at least. horovodrun waits for its discovery command, which may take seconds, before
+it gives out ranks anew: a host that is back by then gets a rank, but no process, and the others wait for it in vain."""
 _VARIABLE = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
 
 
@@ -123,7 +126,7 @@ def _elastic(config: Config, ranks: int) -> Elastic:
         )
     file = RunDir(Path(os.path.abspath(config.directory))).hosts
     discover = config.launch.discover or shlex.join(["cat", str(file)])
-    low = min(max(1, round(config.restart.backoff)), 3600)
+    low = min(max(COOLDOWN, round(config.restart.backoff)), 3600)
     return Elastic(least, most, discover, (low, min(max(low, round(config.restart.longest)), 3600)))
 
 

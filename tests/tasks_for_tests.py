@@ -156,7 +156,7 @@ class WrongConstructor(Small):
 class ComesAndGoes(Troubled):
     """A plane through points, for elastic runs; what happens is told by files in the working directory.
 
-    trouble "kill": the 23rd step of the first world of two ranks kills its rank 1. "raise": the 12th step of the first
+    trouble "kill": the 23rd step of the first world of two ranks kills its rank 0. "raise": the 12th step of the first
     attempt raises on all ranks. Steps are slow until there is a file `go`.
     """
 
@@ -169,7 +169,7 @@ class ComesAndGoes(Troubled):
 
         if model.training:
             self.calls += 1
-            if self.trouble == "kill" and self.calls == 23 and hvd.rank() == 1 and not os.path.exists("killed"):
+            if self.trouble == "kill" and self.calls == 23 and hvd.rank() == 0 and not os.path.exists("killed"):
                 Path("killed").touch()
                 os.kill(os.getpid(), signal.SIGKILL)
             if self.trouble == "raise" and self.calls == 12 and os.environ["HARNESS_ATTEMPT"] == "1":

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -158,6 +159,8 @@ def test_an_elastic_run_asks_a_file_for_its_hosts(path) -> None:
     assert (plan.job.launcher, plan.job.gloo, plan.job.ranks) == ("horovodrun", True, 4)
     assert plan.job.elastic == Elastic(2, 6, f"cat {os.path.abspath('runs/x/hosts')}", (10, 3600))
     assert plan.hosts == "a:2\nb:3\nc:1\n"
+    soon = config.model_copy(update={"restart": Restart(backoff=0.1, longest=2.0)})
+    assert make_plan(soon, [], path()).job.elastic == replace(plan.job.elastic, least=1, cooldown=(10, 10))
     assert make_plan(_elastic(hosts="a:2,b:3"), [], path()).hosts == "a:2\nb:3\n", "no MPI is needed"
     more = make_plan(_elastic(hosts="a:2", max_ranks=64), [], path())
     assert more.hosts == "a:2\n" and more.job.elastic is not None and more.job.elastic.most == 64
