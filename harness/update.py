@@ -75,6 +75,8 @@ class Update:
         self.optimizer = optimizer
         self.base_lrs = [float(group["lr"]) for group in optimizer.param_groups]
         self.scaler = torch.amp.GradScaler(device.type) if train.precision == "fp16" else None
+        self._watched = train.nonfinite != "ignore" or train.clip_norm is not None
+        """Somebody needs the gradient's norm."""
         self._passed = 0
         self._divisor = passes * _before(horovod, ranks)
         self._wire = _wire(horovod)
@@ -125,7 +127,7 @@ class Update:
         """Wait until every gradient is reduced. Collective."""
         self._passed = 0
         if self._reducer is not None:
-            self._reducer.synchronize()
+            self._reducer.synchronize(norm=self._watched)
 
     def step(self) -> Step:
         """Use the reduced gradient. Collective for Adasum and a sharded optimizer; all ranks do the same."""
@@ -177,9 +179,9 @@ class Update:
             if sharded is not None and sharded.norm - sharded.norm != 0.0:
                 sharded.spoil()  # the scaler looks at this rank's slices only
             self.scaler.unscale_(self.optimizer)
-        if self.train.nonfinite == "ignore" and self.train.clip_norm is None:
+        if not self._watched:
             return None
-        return float(_norm(self._gradients())) if sharded is None else sharded.norm / scale
+        return float(_norm(self._gradients())) if self._reducer is None else self._reducer.norm / scale
 
     def _adasum_step(self, parameters: list[tuple[str, torch.nn.Parameter]]) -> Step:
         """Ranks take their own steps, which are then combined: there is no gradient to clip, or to skip a step for.

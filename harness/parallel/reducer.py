@@ -14,6 +14,7 @@ What is not here: averaging (`update.py` scales the loss), and what is done with
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -61,6 +62,8 @@ class Reducer:
         self._ranks = self._where["process_set"].size()
         self.sent = 0.0
         """Bytes that this rank has sent to others, at least."""
+        self.norm = math.nan
+        """L2 norm of all gradients of the last step, as they were summed, where it was asked for."""
         self._expected = False
         in_buckets = [(name, parameter) for name, parameter in trained if dense or name not in rows]
         pieces = [Piece(p.numel(), (p.dtype, p.device), p.element_size()) for _, p in in_buckets]
@@ -82,21 +85,30 @@ class Reducer:
         self._expected = True
 
     @torch.no_grad()
-    def synchronize(self) -> None:
-        """Wait until all gradients are summed. Collective; ranks may have used different parameters."""
+    def synchronize(self, norm: bool = True) -> None:
+        """Wait until all gradients are summed, and take the `norm` if asked. Collective.
+
+        Ranks may have used different parameters.
+        """
         for rows in self._rows:
             if not rows.handles:
                 self._send_rows(rows)
         for filling in self._buckets:
             if filling.handle is None:
                 self._send(filling)
+        norms = [torch.zeros((), dtype=torch.float64)]
         for rows in self._rows:
-            self._receive_rows(rows)
+            if (values := self._receive_rows(rows)) is not None and norm:
+                norms.append(norm_of(values))
         for filling in self._buckets:
-            self._receive(filling)
+            summed = self._receive(filling)
+            if norm:  # while the next buckets travel
+                norms.append(norm_of(summed))
         for parameter in self._as_rows:  # as the optimizer gets it on one rank
             if parameter.grad is not None:
                 parameter.grad = parameter.grad.to_sparse(1)
+        if norm:
+            self.norm = float(torch.linalg.vector_norm(torch.stack([value.to(norms[-1].device) for value in norms])))
         self._expected = False
 
     def _fill(self, bucket: Bucket, members: Sequence[tuple[str, torch.nn.Parameter]]) -> Filling:
@@ -128,9 +140,11 @@ class Reducer:
             flat, name=filling.name, op=hvd.Sum, postscale_factor=self._post, **self._where
         )
 
-    def _receive(self, filling: Filling) -> None:
+    def _receive(self, filling: Filling) -> Tensor:
+        """The bucket's gradients, summed."""
         wait(filling.handle)
         filling.unload()
+        return filling.flat[: filling.bucket.elements]
 
     def _send_rows(self, rows: _Rows) -> None:
         import horovod.torch as hvd
@@ -139,9 +153,10 @@ class Reducer:
             self.sent += allgather_bytes(tensor.nbytes, self._ranks)
             rows.handles.append(hvd.allgather_async(tensor, name=f"gradients/{rows.name}/{what}", **self._where))
 
-    def _receive_rows(self, rows: _Rows) -> None:
+    def _receive_rows(self, rows: _Rows) -> Tensor | None:
+        """The rows' values, summed; None where there are none."""
         index, values = (wait(handle) for handle in rows.handles)
-        rows.unload(index, values * self._post if self._post != 1.0 else values)
+        return rows.unload(index, values * self._post if self._post != 1.0 else values)
 
 
 def wait(handle: Any) -> Tensor:
@@ -157,6 +172,13 @@ def wait(handle: Any) -> Tensor:
 def travels_as(dtype: torch.dtype) -> torch.dtype:
     """The dtype in which Horovod reduces tensors of this one."""
     return torch.float32 if dtype == torch.bfloat16 else dtype
+
+
+def norm_of(tensor: Tensor) -> Tensor:
+    """L2, fp64, summed in fp32 at least."""
+    wide = torch.promote_types(tensor.dtype, torch.float32)
+    norm: Tensor = torch.linalg.vector_norm(tensor, dtype=wide)
+    return norm.double()
 
 
 def _when_ready(parameter: torch.nn.Parameter, hook: Callable[[Tensor], None]) -> None:
@@ -261,13 +283,14 @@ class _Rows:
         values = grad.values().to(travels_as(grad.dtype))
         return grad.indices()[0].contiguous(), values.contiguous()
 
-    def unload(self, index: Tensor, values: Tensor) -> None:
-        """Rows of all ranks, in the order of ranks."""
+    def unload(self, index: Tensor, values: Tensor) -> Tensor | None:
+        """Make the gradient of all ranks' rows; its values, each row once."""
         self.handles.clear()
         if not len(index):
             self.parameter.grad = None
-            return
+            return None
         values = values.to(self.parameter.dtype)
         self.parameter.grad = torch.sparse_coo_tensor(
             index[None], values, self.parameter.shape, check_invariants=False
         ).coalesce()
+        return self.parameter.grad.values()

@@ -27,7 +27,7 @@ from harness.checkpoint.shards import Flat
 from harness.errors import ConfigError
 from harness.parallel.buckets import Bucket, cut
 from harness.parallel.groups import Group
-from harness.parallel.reducer import Filling, Reducer, wait
+from harness.parallel.reducer import Filling, Reducer, norm_of, wait
 from harness.parallel.traffic import allgather_bytes, allreduce_bytes
 
 AT_ONCE = 2
@@ -59,8 +59,6 @@ class Sharded(Reducer):
             raise ConfigError(
                 f"parallel.optimizer_shards: so few parameters are no {shards.size} parts", hint="set it to none"
             )
-        self.norm = 0.0
-        """L2 norm of the whole gradient of this step, as it was summed."""
 
     def slices_of(self, parameters: Sequence[Any]) -> list[Any]:
         """What an optimizer is made of in place of these parameters, or groups of them: named slices.
@@ -95,11 +93,11 @@ class Sharded(Reducer):
         }
 
     @torch.no_grad()
-    def synchronize(self) -> None:
+    def synchronize(self, norm: bool = True) -> None:
         """Wait until every slice has its sum; agree on the norm, and on what nobody has a gradient of. Collective."""
         import horovod.torch as hvd
 
-        super().synchronize()
+        super().synchronize(norm=False)
         if self._copies.size > 1:
             for part in self._parts:
                 self.sent += allreduce_bytes(part.share.nbytes, self._copies.size)
@@ -108,8 +106,8 @@ class Sharded(Reducer):
                 )
             for part in self._parts:
                 part.share, part.handle = wait(part.handle), None
-        norms = [torch.linalg.vector_norm(part.sum, dtype=torch.float32) for part in self._parts]
-        total = float(torch.linalg.vector_norm(torch.stack(norms).double()))
+        norms = [norm_of(part.sum) for part in self._parts]
+        total = float(torch.linalg.vector_norm(torch.stack(norms)))
         used = [float(slot not in part.unused) for part in self._parts for slot in range(len(part.names))]
         facts = torch.tensor([total**2 / self._copies.size, *used], dtype=torch.float64)
         facts = hvd.allreduce(facts, name="gradients", op=hvd.Sum, process_set=self._replicas.process_set)
@@ -166,12 +164,13 @@ class Sharded(Reducer):
             flat, name=filling.name, op=hvd.Sum, postscale_factor=self._post, **self._where
         )
 
-    def _receive(self, filling: Filling) -> None:
+    def _receive(self, filling: Filling) -> Tensor:
         assert isinstance(filling, _Part)
         filling.share = wait(filling.handle)
         for parameter in filling.parameters:
             parameter.grad = None
         filling.empty()
+        return filling.sum
 
 
 class _Part(Filling):

@@ -114,14 +114,14 @@ def bare_horovod(model: GPT) -> Callable[..., None]:
     return step
 
 
-def ours(mebibytes: float) -> Callable[[GPT], Callable[..., None]]:
-    """The update of a run, without its look at the gradient's norm, which the others do not have."""
+def ours(mebibytes: float, nonfinite: str = "ignore") -> Callable[[GPT], Callable[..., None]]:
+    """The update of a run; with "ignore" without its look at the gradient's norm, which the others do not have."""
 
     def make(model: GPT) -> Callable[..., None]:
         update = harness.update.Update(
             model,
             sgd(model),
-            train=Train(steps=1, global_batch=comm.size, nonfinite="ignore"),
+            train=Train.model_validate({"steps": 1, "global_batch": comm.size, "nonfinite": nonfinite}),
             horovod=Horovod(bucket=int(mebibytes * 2**20)),
             passes=1,
             ranks=comm.size,
@@ -191,6 +191,7 @@ def main() -> None:
         ("no communication", alone, False),
         ("DDP", ddp, False),
         ("bare Horovod", bare_horovod, True),
+        ("harness, norm", ours(args.bucket[0], "stop"), True),
         *((f"harness {mebibytes:g} MiB", ours(mebibytes), True) for mebibytes in args.bucket),
     ]
     contenders = []
