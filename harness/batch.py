@@ -66,7 +66,7 @@ def plan_of(config: Config, ranks: int, *, uneven: bool = False) -> BatchPlan:
         global_batch=config.train.global_batch,
         ranks=ranks,
         micro_batch=config.train.micro_batch,
-        each=config.parallel.model,
+        each=config.parallel.each,
     )
 
 

@@ -31,7 +31,7 @@ def evaluate(job: Job) -> dict[str, float]:
     with job.shown():
         for batch in job.eval_batches:
             with job.update.autocast():
-                means = job.task.evaluate(job.model, to_device(batch.data, job.world.device))
+                means = job.task.evaluate(job.spread.whole, to_device(batch.data, job.world.device))
             for name, mean in means.items():
                 sums[name] = sums.get(name, 0.0) + mean.detach().double() * batch.samples
             count += batch.samples
@@ -40,8 +40,8 @@ def evaluate(job: Job) -> dict[str, float]:
         parts = job.world.comm.all_gather({"count": count if speaks else 0, "sums": mine if speaks else {}})
         means_of_all = combine(parts)
         if job.world.replica == 0:  # all its ranks, as one alone cannot use a model that is cut over several
-            means_of_all |= {name: float(x) for name, x in job.task.summarize(job.model, means_of_all).items()}
-            if (text := job.task.report(job.model)) is not None:
+            means_of_all |= {name: float(x) for name, x in job.task.summarize(job.spread.whole, means_of_all).items()}
+            if (text := job.task.report(job.spread.whole)) is not None:
                 job.sinks.say(text)
     job.model.train()
     return means_of_all

@@ -7,19 +7,18 @@ from __future__ import annotations
 
 import math
 import os
-import random
 from collections.abc import Iterable
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
 import torch
 
 from harness.batch import BatchPlan, plan_of
 from harness.checkpoint import Manager, State
 from harness.checkpoint.rules import keep_rule
+from harness.checkpoint.shards import Shard
 from harness.checkpoint.writing import Outcome
 from harness.clock import Clock
 from harness.config import Config
@@ -29,9 +28,11 @@ from harness.errors import ConfigError
 from harness.optim import make_optimizer, peak_lr
 from harness.order import Order
 from harness.parallel.local import LocalSteps
+from harness.parallel.spread import Spread, make_model
 from harness.partition.file import read
 from harness.partition.order import PartOrder, check_partition
 from harness.rundir import RunDir
+from harness.seeds import seed_generators
 from harness.sinks import Sinks, open_sinks
 from harness.stop import SaveRequest, StopRequest, deadline
 from harness.task import Task, make_task
@@ -72,6 +73,8 @@ class Job:
     eval_batches: EvalBatches | None
     order: Order | PartOrder
     plan: BatchPlan
+    spread: Spread
+    """How the ranks of a replica share the model."""
     steps: int
     update: Update
     ema: Ema | None
@@ -86,12 +89,16 @@ class Job:
         return State(
             model=self.model,
             optimizer=self.update.optimizer,
-            ema=None if self.ema is None else self.ema.shadow,
+            ema=None if self.ema is None else {name: self._part(name, x) for name, x in self.ema.shadow.items()},
             extra=extra,
             optional=OPTIONAL,
-            shards={f"optimizer.{name}": region for name, region in self.update.regions.items()},
+            shards={**self.spread.regions, **{f"optimizer.{name}": one for name, one in self.update.regions.items()}},
             **self.update.entries(),
         )
+
+    def _part(self, name: str, tensor: torch.Tensor) -> torch.Tensor | Shard:
+        region = self.spread.regions.get(name)
+        return tensor if region is None else Shard(tensor, region)
 
     def shown(self) -> AbstractContextManager[None]:
         """In the block the model has the parameters that are evaluated and exported. Collective."""
@@ -145,10 +152,16 @@ def build(config: Config, run: RunDir, attempt: int, world: World, clock: Clock,
         check_dataset(eval_data, "eval", 1)
 
     seed_generators(config.seed)
-    model = task.model().to(world.device)
+    spread = make_model(task, world)
+    model, regions = spread.model, spread.regions
+    if regions and elastic is not None:
+        raise ConfigError("an elastic run may lose ranks, and with them parts of the model: it needs parallel.model=1")
+    model.to(world.device)
     if not any(parameter.requires_grad for parameter in model.parameters()):
         raise ConfigError(f"the model of task {config.task.name} has no parameters to train")
-    world.broadcast_tensors(model.state_dict(keep_vars=True).items(), "init")
+    tensors = model.state_dict(keep_vars=True)
+    world.broadcast_tensors(((name, x) for name, x in tensors.items() if name not in regions), "init")
+    world.broadcast_tensors(((name, tensors[name]) for name in regions), "init/parts", world.groups.replicas)
     model.train()
     order = make_order(config, samples, world.replicas)
     steps = total_steps(config, samples)
@@ -183,8 +196,9 @@ def build(config: Config, run: RunDir, attempt: int, world: World, clock: Clock,
         ),
         order=order,
         plan=plan,
+        spread=spread,
         steps=steps,
-        update=make_update(config, model, task.parameters(model), plan, world, order, elastic=elastic is not None),
+        update=make_update(config, spread, task.parameters(model), plan, world, order, elastic=elastic is not None),
         ema=Ema(model, config.train.ema) if config.train.ema is not None else None,
         manager=Manager(
             run.checkpoints,
@@ -206,7 +220,7 @@ def build(config: Config, run: RunDir, attempt: int, world: World, clock: Clock,
 
 def make_update(
     config: Config,
-    model: torch.nn.Module,
+    spread: Spread,
     parameters: Iterable[Any],
     plan: BatchPlan,
     world: World,
@@ -215,7 +229,7 @@ def make_update(
     elastic: bool,
 ) -> Update:
     """The form of training: what ranks do with their gradients. Raises ConfigError."""
-    replicas, parallel = world.groups.replicas, config.parallel
+    model, replicas, parallel = spread.model, world.groups.replicas, config.parallel
     if elastic and parallel.local:
         raise ConfigError(
             "an elastic run cannot take local steps (parallel.average_every): what a lost rank has learned on its own"
@@ -242,16 +256,17 @@ def make_update(
         weight = order.weight(world.replica, world.replicas)
         every, outer = parallel.average_every, parallel.outer
         return LocalSteps(model, optimizer, ranks=replicas.size, every=every, weight=weight, outer=outer, **common)
-    return Update(model, optimizer, ranks=replicas.size, process_set=replicas.process_set, sharded=sharded, **common)
+    groups = world.groups
+    return Update(model, optimizer, ranks=replicas.size, groups=groups, cut=spread.cut, sharded=sharded, **common)
 
 
-def make_order(config: Config, samples: int, ranks: int) -> Order | PartOrder:
-    """The order of samples; with `data.partition` each rank has parts of its own. Raises ConfigError and `read`'s."""
+def make_order(config: Config, samples: int, replicas: int) -> Order | PartOrder:
+    """The order of samples; with `data.partition` replicas have their own parts. Raises ConfigError, and `read`'s."""
     data = config.data
     if data.partition is None:
         return Order(samples, config.seed, shuffle=data.shuffle, block=data.block)
     partition = read(Path(data.partition))
-    check_partition(partition, data.partition, samples=samples, ranks=ranks)
+    check_partition(partition, data.partition, samples=samples, ranks=replicas)
     batch = config.train.global_batch
     return PartOrder(partition.ids(), batch=batch, seed=config.seed, shuffle=data.shuffle, block=data.block)
 
@@ -259,14 +274,3 @@ def make_order(config: Config, samples: int, ranks: int) -> Order | PartOrder:
 def _saved(sinks: Sinks, stop: StopRequest, outcome: Outcome) -> None:
     stop.saved(outcome.seconds)
     sinks.record("checkpoint", outcome.step, path=str(outcome.path), seconds=outcome.seconds, waited=outcome.waited)
-
-
-def seed_generators(*key: int) -> None:
-    """Derive Python's, numpy's and torch's generators from (seed, step, replica): nothing of them needs to be saved.
-
-    Cheap enough for every step: about 20 microseconds.
-    """
-    words = np.random.SeedSequence((len(key), *key)).generate_state(3, np.uint32)  # (7,) and (7, 0) differ
-    random.seed(int(words[0]))
-    np.random.seed(int(words[1]))
-    torch.manual_seed(int(words[2]))

@@ -2,7 +2,7 @@
 
 restore the newest checkpoint
 for each step:
-    for each micro batch:  data -> forward/backward
+    for each micro batch:  data -> forward/backward        (passes.py)
     communication -> update
     every log.every steps:        one small collective: loss, times, "was anyone asked to stop?"; an elastic run
                                   remembers its state, and leaves when other ranks are announced
@@ -24,14 +24,15 @@ import torch
 
 from harness.checkpoint import State, latest
 from harness.checkpoint.store import roll_back
-from harness.data import Batch, to_device, train_batches
+from harness.data import Batch, train_batches
 from harness.errors import ConfigError, Stopped, StorageError
 from harness.evaluate import evaluate
-from harness.job import Job, seed_generators
+from harness.job import Job
 from harness.metrics import Interval, Meter
 from harness.nonfinite import handle_nonfinite
 from harness.rundir import ROLL_BACK
 from harness.schedule import factor
+from harness.seeds import seed_generators
 from harness.units import show_duration, show_size
 from harness.update import Step
 
@@ -56,18 +57,7 @@ def train(job: Job) -> None:
             seed_generators(job.config.seed, step, job.world.replica)
             lr_factor = factor(job.config.schedule, step, job.steps)
             job.update.begin(lr_factor)
-            losses: list[torch.Tensor] = []
-            for _ in range(job.plan.passes):
-                with job.clock("data"):
-                    batch = next(batches)
-                    data = to_device(batch.data, job.world.device)
-                with job.clock("forward/backward"):
-                    with job.update.autocast():
-                        loss = job.task.loss(job.model, data)
-                    if not job.plan.even:
-                        loss = loss * job.plan.weight(batch.samples)
-                    job.update.backward(loss)
-                losses.append(loss.detach())
+            losses = job.spread.passes(job, batches)
             with job.clock("communication"):
                 job.update.synchronize()
             with job.clock("update"):
@@ -133,7 +123,8 @@ def finish(job: Job, started: float, first: int) -> None:
 
 def describe(job: Job) -> str:
     """What is about to be trained, in a line."""
-    parameters = sum(parameter.numel() for parameter in job.model.parameters())
+    named, regions = job.model.named_parameters(), job.spread.regions
+    parameters = sum(math.prod(regions[name].shape) if name in regions else p.numel() for name, p in named)
     ranks, hosts = job.world.size, len(set(job.world.hosts))
     where = f"{ranks} rank{'s' * (ranks != 1)} on {hosts} host{'s' * (hosts != 1)}"
     if job.plan.each > 1:

@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, get_type_hints
 
 from harness.errors import ConfigError, Mistake
+from harness.parallel.groups import ALONE, Group
 
 if TYPE_CHECKING:
     import torch
@@ -38,6 +39,9 @@ BUILT_IN = {
 class Task:
     """Base with the optional methods; `model`, `data` and `loss` must be given."""
 
+    model_group: Group = ALONE
+    """The ranks that share this rank's model (`parallel.model`); known before `model` is called."""
+
     def model(self) -> torch.nn.Module:
         """A fresh model on the CPU. Called once per rank with the same seed, so all ranks begin equal."""
         raise NotImplementedError
@@ -49,6 +53,25 @@ class Task:
     def loss(self, model: torch.nn.Module, batch: Any) -> torch.Tensor:
         """The mean loss over the batch's samples, a scalar. `batch` is on the model's device."""
         raise NotImplementedError
+
+    def sequence(self, model: torch.nn.Module) -> list[torch.nn.Module]:
+        """The model as layers in sequence, each called with the tensor that the one before returns, for a pipeline.
+
+        By default those of a `Sequential`. Raises ConfigError for another model.
+        """
+        import torch
+
+        if not isinstance(model, torch.nn.Sequential):
+            raise ConfigError(
+                f"parallel.pipeline needs a model of layers in sequence, and {type(self).__name__} does not say which",
+                hint="write the task's method sequence(model), or return a torch.nn.Sequential from model()",
+            )
+        return list(model)
+
+    def model_input(self, batch: Any) -> torch.Tensor:
+        """What `loss` calls the model with, which the first layer of a pipeline gets; by default the batch's first."""
+        first: torch.Tensor = batch[0]
+        return first
 
     def evaluate(self, model: torch.nn.Module, batch: Any) -> Mapping[str, torch.Tensor]:
         """Means over the batch's samples, by name. The harness weighs them by samples and sums over ranks exactly."""

@@ -13,7 +13,7 @@ gradient tells all ranks the same thing and no extra collective is needed to agr
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Iterator, Sequence
+from collections.abc import Collection, Container, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any
@@ -25,7 +25,8 @@ from harness.checkpoint.shards import Flat
 from harness.config import Horovod, Train
 from harness.errors import ConfigError
 from harness.parallel.adasum import take_combined_step
-from harness.parallel.groups import Groups
+from harness.parallel.groups import SINGLE, Groups
+from harness.parallel.norm import norm_of_replica
 from harness.parallel.reducer import Reducer, travels_as
 from harness.parallel.sharded import Sharded
 from harness.parallel.traffic import allreduce_bytes
@@ -47,8 +48,9 @@ OPTIONAL = ("local", "shared", "momentum")
 class Update:
     """Owns the optimizer, the reduction of gradients, the gradient scaler and the accumulation of one model.
 
-    `ranks`, `process_set`: those over which gradients are reduced; None: all. `sharded`: reduces them instead, and the
-    optimizer is one of its slices.
+    `ranks`: over how many gradients are reduced: all, or those of `groups.replicas`. `cut`: names of parameters of
+    which this rank alone of its stage has a part. `sharded`: reduces gradients instead, and the optimizer is one of its
+    slices.
     """
 
     together = True
@@ -64,7 +66,8 @@ class Update:
         passes: int,
         ranks: int,
         device: torch.device,
-        process_set: Any = None,
+        groups: Groups = SINGLE,
+        cut: Container[str] = (),
         sharded: Sharded | None = None,
     ) -> None:
         if train.precision == "fp16" and device.type == "cpu":
@@ -72,6 +75,8 @@ class Update:
         self.passes = passes
         self.device = device
         self.train = train
+        self.groups = groups
+        self.cut = {id(parameter) for name, parameter in model.named_parameters() if name in cut}
         self.optimizer = optimizer
         self.base_lrs = [float(group["lr"]) for group in optimizer.param_groups]
         self.scaler = torch.amp.GradScaler(device.type) if train.precision == "fp16" else None
@@ -92,7 +97,7 @@ class Update:
                 check_adasum(ranks)
                 self._adasum = parameters
             else:
-                self._reducer = Reducer(parameters, process_set=process_set, **settings)
+                self._reducer = Reducer(parameters, process_set=groups.replicas.process_set, **settings)
 
     @property
     def regions(self) -> dict[str, Flat]:
@@ -118,16 +123,20 @@ class Update:
             loss = loss / self._divisor
         if self.scaler is not None:
             loss = self.scaler.scale(loss)
+        self.backward_from(loss)
+
+    def backward_from(self, output: Tensor, gradient: Tensor | None = None) -> None:
+        """Add one micro batch's gradient, given that of `output`; None: `output` is a loss, scaled as it should be."""
         self._passed += 1
         if self._passed == self.passes and self._reducer is not None:
             self._reducer.expect()
-        loss.backward()  # type: ignore[no-untyped-call]
+        output.backward(gradient)  # type: ignore[no-untyped-call]
 
     def synchronize(self) -> None:
         """Wait until every gradient is reduced. Collective."""
         self._passed = 0
         if self._reducer is not None:
-            self._reducer.synchronize(norm=self._watched)
+            self._reducer.synchronize(norm=self._watched and self.groups.replica.size == 1)
 
     def step(self) -> Step:
         """Use the reduced gradient. Collective for Adasum and a sharded optimizer; all ranks do the same."""
@@ -181,6 +190,9 @@ class Update:
             self.scaler.unscale_(self.optimizer)
         if not self._watched:
             return None
+        if self.groups.replica.size > 1:
+            own, alike = _norm(self._gradients(cut=True)), _norm(self._gradients(cut=False))
+            return float(norm_of_replica(own, alike, self.groups))
         return float(_norm(self._gradients())) if self._reducer is None else self._reducer.norm / scale
 
     def _adasum_step(self, parameters: list[tuple[str, torch.nn.Parameter]]) -> Step:
@@ -198,11 +210,11 @@ class Update:
         total = float(_norm(parameter.detach() for _, parameter in parameters))
         return Step(None, total - total == 0.0, True)
 
-    def _gradients(self) -> Iterator[Tensor]:
-        """The dense values of every gradient, sparse ones summed over repeated rows first."""
+    def _gradients(self, cut: bool | None = None) -> Iterator[Tensor]:
+        """The dense values of every gradient, sparse ones summed over repeated rows first; those cut, or the others."""
         for group in self.optimizer.param_groups:
             for parameter in group["params"]:
-                if parameter.grad is None:
+                if parameter.grad is None or cut not in (None, id(parameter) in self.cut):
                     continue
                 if parameter.grad.is_sparse:
                     parameter.grad = parameter.grad.coalesce()

@@ -195,7 +195,9 @@ def bring_up(
 
 def _arrange(environment: Environment, comm: Comm, parallel: Parallel) -> Grid:
     """Collective."""
-    return arrange([str(host) for host in comm.all_gather(environment.host)], model=parallel.model)
+    return arrange(
+        [str(host) for host in comm.all_gather(environment.host)], model=parallel.model, pipeline=parallel.pipeline
+    )
 
 
 def form_groups(grid: Grid, rank: int, sets: Iterable[Any], spread: Shards = "none") -> Groups:

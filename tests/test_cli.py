@@ -122,6 +122,10 @@ def test_show_draws_which_rank_does_what(config: str, capsys) -> None:
     assert "global batch 512 = 4 replicas of 2 ranks x 8 accumulation x 16 samples" in out
     drawn = [line.split() for line in out.partition("# ranks\n")[2].partition("\n\n")[0].splitlines()]
     assert drawn[1:] == [["0", "a", "0", "1"], ["1", "a", "b", "2", "5"], ["2", "b", "3", "4"], ["3", "c", "6", "7"]]
+    code, out, _ = _ask(capsys, "show", config, "parallel.pipeline=2", "-n", "4", "--launcher", "mpirun")
+    drawn = [line.split() for line in out.partition("# ranks\n")[2].partition("\n\n")[0].splitlines()]
+    assert drawn[0] == ["replica", "host", "stage", "0", "stage", "1"]
+    assert [row[0] for row in drawn[1:]] == ["0", "1"] and [row[-2:] for row in drawn[1:]] == [["0", "1"], ["2", "3"]]
     code, _, err = _ask(capsys, "show", config, *arguments[:1], "-n", "3", "--launcher", "mpirun")
     assert code == 78
     assert "3 ranks cannot be cut into replicas of 2 ranks" in err and "start 2 or 4 ranks" in err

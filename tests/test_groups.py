@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import Counter
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from harness.batch import plan_batch
@@ -15,6 +15,7 @@ from harness.parallel.groups import arrange, groups_of, together
 NODES = st.lists(st.sampled_from("abcd"), min_size=1, max_size=24)
 
 
+@settings(deadline=None)
 @given(NODES, st.integers(1, 4), st.integers(1, 3))
 def test_every_rank_has_one_place_and_its_groups_agree(hosts: list[str], model: int, pipeline: int) -> None:
     hosts = hosts * (model * pipeline)
@@ -30,6 +31,7 @@ def test_every_rank_has_one_place_and_its_groups_agree(hosts: list[str], model: 
         assert all(grid.replicas(other) == grid.replicas(rank) for other in grid.replicas(rank))
 
 
+@settings(deadline=None)
 @given(NODES, st.integers(1, 6))
 def test_as_many_groups_as_can_be_are_within_a_node(hosts: list[str], size: int) -> None:
     hosts = hosts * size
@@ -40,6 +42,7 @@ def test_as_many_groups_as_can_be_are_within_a_node(hosts: list[str], size: int)
     assert groups == sorted(groups)
 
 
+@settings(deadline=None)
 @given(st.integers(1, 4), st.integers(1, 3), st.integers(1, 2), st.integers(1, 2))
 def test_shards_and_copies_of_the_optimizer_cover_the_replicas(
     nodes: int, each: int, model: int, pipeline: int
@@ -55,6 +58,7 @@ def test_shards_and_copies_of_the_optimizer_cover_the_replicas(
         assert len({hosts[other] for other in grid.shards(rank, "node")}) == 1
 
 
+@settings(deadline=None)
 @given(NODES, st.integers(1, 3), st.integers(1, 3), st.sampled_from(["none", "all"]))
 def test_every_group_of_several_has_its_process_set(hosts: list[str], model: int, pipeline: int, spread: str) -> None:
     hosts = hosts * (model * pipeline)

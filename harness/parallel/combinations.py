@@ -27,13 +27,23 @@ def check_parallel(config: Config) -> None:
                 "checkpoint.mode=lazy": config.checkpoint.mode == "lazy",
             },
         )
+    module, _, name = config.optim.name.rpartition(":")
+    known = not module or (module == "torch.optim" and name in ELEMENTWISE)
     if config.parallel.optimizer_shards != "none":
-        module, _, name = config.optim.name.rpartition(":")
-        known = not module or (module == "torch.optim" and name in ELEMENTWISE)
         _refuse(
             f"parallel.optimizer_shards={config.parallel.optimizer_shards} cuts parameters anywhere",
             {
                 "horovod.op=adasum": config.horovod.op == "adasum",
+                f"optim.name={config.optim.name}": not known,
+            },
+        )
+    if config.parallel.each > 1:
+        _refuse(
+            "parallel.model and parallel.pipeline give each rank a part of the model",
+            {
+                "horovod.op=adasum": config.horovod.op == "adasum",
+                "train.precision=fp16": config.train.precision == "fp16",
+                "launch.elastic": config.launch.elastic,
                 f"optim.name={config.optim.name}": not known,
             },
         )

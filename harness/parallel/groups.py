@@ -60,6 +60,10 @@ class Grid:
         replica, stage, _ = self.place(rank)
         return self.cells[replica][stage]
 
+    def replica(self, rank: int) -> Ranks:
+        """All ranks of this rank's replica."""
+        return tuple(other for parts in self.cells[self.place(rank).replica] for other in parts)
+
     def stages(self, rank: int) -> Ranks:
         """Ranks of this rank's replica and part, by stage."""
         replica, _, part = self.place(rank)
@@ -107,6 +111,7 @@ class Grid:
         """
         columns = [self.replicas(rank) for parts in self.cells[0] for rank in parts]
         found = {parts for stages in self.cells for parts in stages} | set(columns)
+        found |= {tuple(rank for parts in stages for rank in parts) for stages in self.cells}
         for nodes in [self._by_node(column) for column in columns] if spread == "node" else []:
             found |= {*nodes.values(), *zip(*nodes.values(), strict=True)}
         return sorted({tuple(sorted(ranks)) for ranks in found if 1 < len(ranks) < len(self.hosts)})
@@ -174,11 +179,17 @@ class Groups:
     grid: Grid
     place: Place
     model: Group
+    """Shares this rank's layers."""
+    replica: Group
+    """Shares this rank's samples."""
     stages: Group
     """Has no process set: stages talk rank to rank."""
     replicas: Group
+    """Hold the same parameters: gradients are averaged over them."""
     shards: Group
+    """Cut the state of these parameters' optimizer between them."""
     copies: Group
+    """Hold the same shard of it."""
 
     @property
     def speaks(self) -> bool:
@@ -198,6 +209,7 @@ def groups_of(grid: Grid, rank: int, sets: Mapping[Ranks, Any], spread: Shards =
         grid,
         grid.place(rank),
         model=group(grid.model(rank)),
+        replica=group(grid.replica(rank)),
         stages=Group(stages, stages.index(rank)),
         replicas=group(grid.replicas(rank)),
         shards=group(grid.shards(rank, spread)),

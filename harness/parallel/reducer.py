@@ -52,7 +52,7 @@ class Reducer:
     ) -> None:
         import horovod.torch as hvd
 
-        trained = [(name, parameter) for name, parameter in parameters if parameter.requires_grad]
+        trained = [(name, parameter) for name, parameter in parameters if parameter.requires_grad and parameter.numel()]
         for name, parameter in trained:
             if parameter.dtype not in REDUCIBLE:
                 raise ConfigError(f"parameter {name} is of {parameter.dtype}, whose gradient Horovod cannot reduce")

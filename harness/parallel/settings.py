@@ -26,13 +26,20 @@ class Parallel(Section):
     """How ranks share the work; unset: every rank has the whole model and its own samples."""
 
     model: Positive = 1
-    """Ranks that share one copy of the model, each with a part of its layers (tensor parallel)."""
+    """Ranks that share one copy of the model, each with a part of every layer (tensor parallel)."""
+    pipeline: Positive = 1
+    """Stages: ranks, or groups of `model` ranks, that each have some of the layers and hand on micro batches."""
     optimizer_shards: Literal["none", "node", "all"] = "none"
     """Ranks that share one optimizer state, each with a slice of it: none, those of a node, or all (ZeRO stage 1)."""
     average_every: Positive = 1
     """Steps that ranks take on their own before their parameters are averaged (local SGD); 1: gradients are, always."""
     outer: Outer | None = None
     """How the mean moves the shared parameters, with `average_every`; unset: it replaces them."""
+
+    @property
+    def each(self) -> int:
+        """Ranks of a replica."""
+        return self.model * self.pipeline
 
     @property
     def local(self) -> bool:
@@ -45,6 +52,8 @@ class Parallel(Section):
             raise ValueError("outer needs average_every: the steps between two of its own")
         if self.local and self.optimizer_shards != "none":
             raise ValueError("average_every takes whole optimizers: it does not go with optimizer_shards")
-        if self.local and self.model > 1:
-            raise ValueError("average_every takes whole models: it does not go with model, which cuts them")
+        if self.local and self.each > 1:
+            raise ValueError("average_every takes whole models: it does not go with model and pipeline")
+        if self.optimizer_shards != "none" and self.each > 1:
+            raise ValueError("optimizer_shards cuts whole parameters: it does not go with model and pipeline")
         return self

@@ -22,6 +22,16 @@ from torch.nn import functional as F
 
 from harness.errors import ConfigError
 from harness.order import Ids, Seeds
+from harness.parallel.groups import ALONE, Group
+from harness.parallel.tensor import (
+    ColumnLinear,
+    RowLinear,
+    VocabEmbedding,
+    columns,
+    cross_entropy,
+    dropout_mask,
+    whole_logits,
+)
 from harness.task import Split, Task
 from harness.tasks.text import read_text
 from harness.units import Size
@@ -94,6 +104,11 @@ class CharLM(Task):
                 f"task.args.width {self.width} does not divide into pairs for {self.heads} heads",
                 hint=f"use width={below} or {below + 2 * self.heads}",
             )
+        if self.heads % self.model_group.size:
+            raise ConfigError(
+                f"parallel.model {self.model_group.size} does not divide task.args.heads {self.heads}",
+                hint="each rank has some of the heads",
+            )
         return GPT(self.layers, self.width, self.heads, self.dropout)
 
     def data(self, split: Split) -> Windows:
@@ -102,9 +117,12 @@ class CharLM(Task):
             return Windows(self.text, 1, boundary, self.block, shift=True)
         return Windows(self.text, boundary, len(self.text), self.block, shift=False)
 
+    def sequence(self, model: nn.Module) -> list[nn.Module]:
+        return model.layers() if isinstance(model, GPT) else super().sequence(model)
+
     def loss(self, model: nn.Module, batch: Pair) -> Tensor:
         before, after = batch
-        return F.cross_entropy(model(before).flatten(0, 1), after.flatten())
+        return cross_entropy(model(before).flatten(0, 1), after.flatten(), self.model_group)
 
     def summarize(self, model: nn.Module, metrics: Mapping[str, float]) -> Mapping[str, float]:
         return {"bits_per_byte": metrics["loss"] / math.log(2), "xz_bits_per_byte": self.xz_bits_per_byte}
@@ -118,7 +136,11 @@ class CharLM(Task):
     def report(self, model: nn.Module) -> str:
         """A line that the model writes."""
         prompt = self.text[-self.held_out - 64 : -self.held_out].long()
-        text = bytes(write(model, prompt, count=100, block=self.block)).decode(errors="replace").replace("\n", "⏎")
+        text = (
+            bytes(write(model, prompt, count=100, block=self.block, group=self.model_group))
+            .decode(errors="replace")
+            .replace("\n", "⏎")
+        )
         return "sample: " + "".join(letter if letter.isprintable() and letter != "\ufffd" else "·" for letter in text)
 
 
@@ -145,15 +167,17 @@ class CharRNN(CharLM):
 
 
 class GPT(nn.Module):
-    """int64 (samples, time) -> logits (samples, time, 256). After Radford et al. 2019 (GPT-2)."""
+    """int64 (samples, time) -> logits (samples, time, 256). After Radford et al. 2019 (GPT-2).
+
+    Its layers can be cut over ranks (`parallel/tensor.py`): each then has some of the heads, and some of the logits.
+    """
 
     def __init__(self, layers: int, width: int, heads: int, dropout: float) -> None:
         super().__init__()
-        self.pairs = width // heads // 2
-        self.token = nn.Embedding(256, width)
+        self.token = VocabEmbedding(256, width)
         self.blocks = nn.ModuleList(Block(width, heads, dropout) for _ in range(layers))
         self.norm = nn.LayerNorm(width)
-        self.head = nn.Linear(width, 256, bias=False)
+        self.head = ColumnLinear(width, 256, bias=False)
         for name, parameter in self.named_parameters():
             if parameter.dim() == 2:
                 residual = name.endswith(("attention.out.weight", "shrink.weight"))
@@ -162,12 +186,14 @@ class GPT(nn.Module):
         nn.init.normal_(self.head.weight, std=0.02)  # no opinion at first
 
     def forward(self, tokens: Tensor) -> Tensor:
-        turns = rotations(tokens.shape[1], self.pairs, tokens.device)
-        x = self.token(tokens)
-        for block in self.blocks:
-            x = block(x, turns)
-        logits: Tensor = self.head(self.norm(x))
-        return logits
+        x = tokens
+        for layer in self.layers():
+            x = layer(x)
+        return x
+
+    def layers(self) -> list[nn.Module]:
+        """In the order in which each takes what the one before returns."""
+        return [self.token, *self.blocks, self.norm, self.head]
 
 
 class Block(nn.Module):
@@ -177,11 +203,11 @@ class Block(nn.Module):
         super().__init__()
         self.before_attention, self.before_expand = nn.LayerNorm(width), nn.LayerNorm(width)
         self.attention = Attention(width, heads, dropout)
-        self.expand, self.shrink = nn.Linear(width, 4 * width), nn.Linear(4 * width, width)
+        self.expand, self.shrink = ColumnLinear(width, 4 * width), RowLinear(4 * width, width)
         self.dropout = nn.Dropout(dropout)
 
-    def forward(self, x: Tensor, turns: Pair) -> Tensor:
-        x = x + self.dropout(self.attention(self.before_attention(x), turns))
+    def forward(self, x: Tensor) -> Tensor:
+        x = x + self.dropout(self.attention(self.before_attention(x)))
         expanded = F.relu(self.expand(self.before_expand(x))).square()
         out: Tensor = x + self.dropout(self.shrink(expanded))
         return out
@@ -192,17 +218,25 @@ class Attention(nn.Module):
 
     def __init__(self, width: int, heads: int, dropout: float) -> None:
         super().__init__()
-        self.heads, self.dropout = heads, dropout
-        self.qkv = nn.Linear(width, 3 * width)
-        self.out = nn.Linear(width, width)
+        self.of_head, self.dropout = width // heads, dropout
+        self.q, self.k, self.v = (ColumnLinear(width, width) for _ in range(3))
+        self.out = RowLinear(width, width)
 
-    def forward(self, x: Tensor, turns: Pair) -> Tensor:
-        samples, time, width = x.shape
-        q, k, v = self.qkv(x).view(samples, time, 3, self.heads, width // self.heads).permute(2, 0, 3, 1, 4)
-        dropout = self.dropout if self.training else 0.0
-        mixed = F.scaled_dot_product_attention(turn(q, turns), turn(k, turns), v, is_causal=True, dropout_p=dropout)
-        joined: Tensor = self.out(mixed.transpose(1, 2).reshape(samples, time, width))
+    def forward(self, x: Tensor) -> Tensor:
+        turns = rotations(x.shape[1], self.of_head // 2, x.device)
+        parts = columns(x, self.q, self.k, self.v)
+        q, k, v = (part.view(*part.shape[:2], -1, self.of_head).transpose(1, 2) for part in parts)
+        mixed = self.mix(turn(q, turns), turn(k, turns), v)
+        joined: Tensor = self.out(mixed.transpose(1, 2).flatten(2))
         return joined
+
+    def mix(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        """softmax(q k' / sqrt(d)) v over earlier positions; each (samples, heads of this rank, time, d)."""
+        if not (self.training and self.dropout):
+            return F.scaled_dot_product_attention(q, k, v, is_causal=True)
+        later = torch.ones(q.shape[-2], q.shape[-2], dtype=torch.bool, device=q.device).triu(1)
+        chances = (q @ k.transpose(-1, -2) / math.sqrt(self.of_head)).masked_fill(later, -math.inf).softmax(-1)
+        return chances * dropout_mask(chances.shape, 1, self.dropout, self.q.group, chances) @ v
 
 
 def rotations(time: int, pairs: int, device: torch.device) -> Pair:
@@ -236,15 +270,20 @@ class RNN(nn.Module):
 
 
 @torch.no_grad()
-def write(model: nn.Module, prompt: Tensor, *, count: int, block: int, heat: float = 0.7) -> list[int]:
-    """`count` bytes that follow the int64 vector `prompt`, drawn at temperature `heat`, with a generator of its own."""
+def write(
+    model: nn.Module, prompt: Tensor, *, count: int, block: int, heat: float = 0.7, group: Group = ALONE
+) -> list[int]:
+    """`count` bytes that follow the int64 vector `prompt`, drawn at temperature `heat`, with a generator of its own.
+
+    Collective in the group that the model is cut over.
+    """
     device = next(model.parameters()).device
     draw = torch.Generator().manual_seed(0)
     was_training = model.training
     model.eval()
     tokens = prompt.tolist()
     for _ in range(count):
-        logits = model(torch.tensor([tokens[-block:]], device=device))[0, -1]
+        logits = whole_logits(model(torch.tensor([tokens[-block:]], device=device))[0, -1], group)
         chances = torch.softmax(logits.float().cpu() / heat, dim=0)
         tokens.append(int(torch.multinomial(chances, 1, generator=draw)))
     model.train(was_training)
