@@ -9,6 +9,7 @@ What a command needs is imported when it runs, so that `harness --help` answers 
 
 from __future__ import annotations
 
+import contextlib
 import os
 import sys
 import tempfile
@@ -306,12 +307,13 @@ def _usage(error: TyperException) -> int:
 
 
 def _details() -> str:
-    if os.environ.get("HARNESS_DEBUG"):
-        traceback.print_exc()
-        return "the lines above"
-    with tempfile.NamedTemporaryFile("w", prefix="harness-", suffix=".log", delete=False) as file:
-        traceback.print_exc(file=file)
-    return file.name
+    if not os.environ.get("HARNESS_DEBUG"):
+        with contextlib.suppress(OSError):  # a full disk
+            with tempfile.NamedTemporaryFile("w", prefix="harness-", suffix=".log", delete=False) as file:
+                traceback.print_exc(file=file)
+            return file.name
+    traceback.print_exc()
+    return "the lines above"
 
 
 def _tell(text: str) -> None:

@@ -52,8 +52,8 @@ def _sign(file: TextIO) -> None:
     told = f"process {os.getpid()} on {socket.gethostname()}" + (f", job {job['id']}" if job else "")
     with contextlib.suppress(OSError):  # a full disk; the lock itself counts
         file.truncate(0)
-        file.write(f"{told}, since {time.strftime('%Y-%m-%d %H:%M:%S')}\n")
-        file.flush()
+        # not through the file's buffer, which would be tried again when it is closed
+        os.write(file.fileno(), f"{told}, since {time.strftime('%Y-%m-%d %H:%M:%S')}\n".encode())
 
 
 def _holder(file: TextIO) -> str:
