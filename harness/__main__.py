@@ -18,6 +18,7 @@ from harness.clock import Clock
 from harness.env import Environment, identify
 from harness.errors import Exit, HarnessError, InternalError, Stopped, Unavailable
 from harness.failure import code_of, leave, record
+from harness.heartbeat import limit
 from harness.log import redirect
 from harness.rundir import Attempt, RunDir, open_run, storage_errors
 from harness.stop import listen
@@ -109,7 +110,13 @@ class Rank:
         self.environment = identify()
         self.clock.section = "start"
         settings = self.config
-        self.world = world = bring_up(self.environment, settings.horovod, self.run_dir.root, parallel=settings.parallel)
+        self.world = world = bring_up(
+            self.environment,
+            settings.horovod,
+            self.run_dir.root,
+            parallel=settings.parallel,
+            limit=min(limit(settings.watchdog, section) for section in ("data", "step")),
+        )
         self._check_same_config()
         self._agree_on_attempt(world)
         assert self.attempt is not None

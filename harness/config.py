@@ -180,10 +180,11 @@ class Horovod(Section):
     """HOROVOD_AUTOTUNE: try settings while training; the log goes to the run directory."""
     timeline: bool = False
     """Write Horovod's timeline, for chrome://tracing, into the run directory."""
-    stall_warn: Duration = 60.0
-    """After how long Horovod names tensors that only some ranks have submitted; 0 turns the check off."""
+    stall_warn: Duration | None = None
+    """After how long Horovod names ranks that have not come to an operation; 0 turns the check off. Unset: 60s, or a
+    quarter of watchdog.step or watchdog.data, so that it is told before the run is ended."""
     stall_stop: Duration = 0.0
-    """After how long such a stall ends the run; 0 never."""
+    """After how long such a stall ends the run; 0 never: the watchdog does."""
 
 
 class Checkpoint(Section):

@@ -20,7 +20,11 @@ _console: tuple[int, int, TextIO, TextIO] | None = None
 
 
 class Tee:
-    """A text stream that writes to the console and to a file; what the file has no room for is on the console still."""
+    """A text stream that writes to the console and to a file.
+
+    What the file has no room for is on the console still; when nobody reads the console any more (the launcher was
+    killed, a terminal was closed), the file gets it, and training goes on.
+    """
 
     def __init__(self, console: TextIO, file: TextIO) -> None:
         self.console = console
@@ -30,12 +34,14 @@ class Tee:
     def write(self, text: str) -> int:
         with contextlib.suppress(OSError):
             self.file.write(text)
-        return self.console.write(text)
+        with contextlib.suppress(OSError):
+            self.console.write(text)
+        return len(text)
 
     def flush(self) -> None:
-        with contextlib.suppress(OSError):
-            self.file.flush()
-        self.console.flush()
+        for stream in (self.file, self.console):
+            with contextlib.suppress(OSError):
+                stream.flush()
 
     def __getattr__(self, name: str) -> object:
         return getattr(self.console, name)  # buffer, errors, ...

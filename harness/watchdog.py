@@ -6,7 +6,9 @@ what hangs, the other ranks write their stacks too, and this rank ends, which en
 others looks at their heartbeats first: one of them that is at work may take its time.
 
 A rank stuck in C code that never gives Python's lock back cannot run this thread: faulthandler's timer, which needs no
-lock, then writes the stacks and ends the rank. `kill -QUIT PID` makes any rank write its stacks and go on.
+lock, then writes the stacks. It also ends the rank, unless `harness run` is there, which sees that the rank is silent:
+the timer cannot tell a rank that hangs from a machine that was suspended. `kill -QUIT PID` makes any rank write its
+stacks and go on.
 
     watchdog = Watchdog(clock, attempt, environment, config.watchdog, log)
     watchdog.start()
@@ -61,6 +63,7 @@ class Watchdog:
         self._file = attempt.heartbeat(environment.rank)
         self._every = interval(environment.size, settings)
         self._main = threading.main_thread().ident
+        self._supervised = "HARNESS_RUN_ID" in os.environ and settings.silence > 0
         self._beats = 0
         self._last = time.perf_counter()
         self._asleep = (0.0, 0.0)  # when the section that was slept in began, and seconds that do not count
@@ -99,9 +102,8 @@ class Watchdog:
         here = self._here(section, seconds)
         self._write(here)
         if allowed < float("inf"):
-            faulthandler.dump_traceback_later(
-                max(allowed - seconds, 0.0) + LATE + 8 * self._every, exit=True, file=self.log
-            )
+            late = max(allowed - seconds, 0.0) + LATE + 8 * self._every
+            faulthandler.dump_traceback_later(late, exit=not self._supervised, file=self.log)
         else:
             faulthandler.cancel_dump_traceback_later()
         if seconds > allowed:

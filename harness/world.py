@@ -9,6 +9,7 @@ What is not here: gradients (`update.py`).
 
 from __future__ import annotations
 
+import math
 import os
 import sys
 from collections.abc import Iterable, Sequence
@@ -123,11 +124,12 @@ def bring_up(
     directory: Path,
     *,
     parallel: Parallel = Parallel(),  # noqa: B008  # frozen
+    limit: float = math.inf,
 ) -> World:
-    """Join the other ranks. Collective. `parallel`: who works with whom.
+    """Join the other ranks. Collective. `parallel`: who works with whom. `limit`: see `horovod_environment`.
 
     Raises Unavailable, the same on all ranks, when they do not form one world."""
-    os.environ.update(horovod_environment(settings, directory))
+    os.environ.update(horovod_environment(settings, directory, limit=limit))
     if environment.elastic:
         os.environ.setdefault("HOROVOD_GLOO_TIMEOUT_SECONDS", JOINING)
     if settings.timeline or settings.autotune:  # Horovod opens its files now, before the run directory is made
@@ -218,16 +220,23 @@ def check_views(views: dict[str, tuple[int, int]], launcher: str) -> None:
         )
 
 
-def horovod_environment(settings: Settings, directory: Path) -> dict[str, str]:
+def horovod_environment(settings: Settings, directory: Path, *, limit: float = math.inf) -> dict[str, str]:
     """Horovod's settings as its environment variables (horovod 0.28, docs/); unset fields are left alone. Pure.
+
+    `limit`: seconds after which the watchdog takes a rank for hung. Horovod tells of a stall one to three times
+    `stall_warn` after it has begun, and knows whole seconds only.
 
     Packing is off unless it is wished for. Gradients come in buckets, and which of them would share a buffer depends on
     timing: where a number lies in a buffer decides in which order more than two ranks add it.
     """
+    stop = math.ceil(settings.stall_stop)
+    # Horovod ignores a stop before the warning
+    warn = min(60.0, limit / 4) if settings.stall_warn is None else settings.stall_warn
+    warn = min(warn, stop or math.inf)
     variables: dict[str, object] = {
-        "HOROVOD_STALL_CHECK_TIME_SECONDS": round(settings.stall_warn) or None,
-        "HOROVOD_STALL_CHECK_DISABLE": None if settings.stall_warn else 1,
-        "HOROVOD_STALL_SHUTDOWN_TIME_SECONDS": round(settings.stall_stop) or None,
+        "HOROVOD_STALL_CHECK_TIME_SECONDS": max(1, math.floor(warn)) if warn else None,
+        "HOROVOD_STALL_CHECK_DISABLE": None if warn else 1,
+        "HOROVOD_STALL_SHUTDOWN_TIME_SECONDS": stop or None,
         "HOROVOD_FUSION_THRESHOLD": 0 if settings.fusion is None and not settings.autotune else settings.fusion,
         "HOROVOD_CYCLE_TIME": None if settings.cycle_time is None else settings.cycle_time * 1e3,
         "HOROVOD_CACHE_CAPACITY": settings.cache_capacity,

@@ -240,6 +240,9 @@ def _mpi_env(job: Job, mpi: Mpi | None) -> dict[str, str]:
         elif job.mpi_io == "romio" or (mpi.major == 4 and "OMPI_MCA_io" not in job.inherited):
             # Open MPI 4's own MPI-IO can hang under HDF5 (HDFGroup/hdf5#1227)
             env["OMPI_MCA_io"] = "romio341" if mpi.major >= 5 else "romio321" if mpi.major == 4 else "romio314"
+        if mpi.major == 4 and "OMPI_MCA_odls_base_sigkill_timeout" not in job.inherited:
+            # twice so many seconds pass before the ranks of a job that has failed are killed: nothing comes of them
+            env["OMPI_MCA_odls_base_sigkill_timeout"] = "0"
         if job.oversubscribed:
             env["OMPI_MCA_mpi_yield_when_idle"] = "1"  # ranks that wait let others run
         return env

@@ -1,7 +1,8 @@
 """What a launcher prints, parted into what ranks printed and the launcher's own noise about ranks that ended.
 
 mpirun answers every failed run with a screenful ("Primary job terminated normally, but ..."), which hides the cause.
-The noise is kept, not lost: where no rank left a report, it is all there is (`Parted.noise`).
+The noise is kept, not lost: where no rank left a report, it is all there is (`Parted.noise`). So are Horovod's stall
+messages (`Parted.stalls`), which the supervisor tells in its own words.
 
     parted = Parted(errors=True)
     os.write(1, parted.feed(data))      # data as read from the launcher's stderr
@@ -11,6 +12,8 @@ from __future__ import annotations
 
 import re
 from collections import deque
+
+from launch.stall import Stalls
 
 _RULE = re.compile(rb"-{70,}\s*")
 _LINE = re.compile(
@@ -38,6 +41,7 @@ class Parted:
 
     def __init__(self, *, errors: bool, tagged: bool = False) -> None:
         self.noise: deque[str] = deque(maxlen=200)
+        self.stalls = Stalls()
         self._errors = errors
         self._tagged = tagged
         self._rest = b""
@@ -83,6 +87,8 @@ class Parted:
             elif len(self._block) > _MOST:
                 block, self._block = self._block, None
                 return b"".join(block)
+            return b""
+        if self._errors and self.stalls.line(line.decode(errors="replace").rstrip("\r\n")):
             return b""
         if self._errors and _RULE.fullmatch(line):
             self._block = [line]

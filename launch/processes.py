@@ -52,12 +52,13 @@ def end(session: int, run_id: str, *, grace: float) -> list[int]:
     until = time.monotonic() + grace
     while members(session, run_id):
         if time.monotonic() > until:
-            return _kill(session, run_id)
+            return kill(session, run_id)
         time.sleep(0.05)
     return []
 
 
-def _kill(session: int, run_id: str) -> list[int]:
+def kill(session: int, run_id: str) -> list[int]:
+    """Kill all processes of a start at once; returns which these were."""
     killed: set[int] = set()
     for _ in range(100):  # again, because a process may have started another in between
         left = members(session, run_id)

@@ -13,12 +13,13 @@ import re
 import signal
 import textwrap
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Literal
 
 from harness.errors import Exit
 from harness.heartbeat import Heartbeat, last_seen
 from harness.rundir import CONSEQUENCES
+from launch.stall import Stall, explain
 
 if TYPE_CHECKING:
     from launch.watch import Hang
@@ -79,24 +80,51 @@ def judge(
     heartbeats: Mapping[int, Heartbeat] | None = None,
     memory: bool = False,
     elastic: bool = False,
+    stall: Stall | None = None,
 ) -> Ending:
     """Classify an end. `returncode` is the launcher's, negative for a signal; `killed` says why we ended the ranks.
 
-    `hang`: what the supervisor saw; `memory`: the system ended a process for lack of memory meanwhile; `elastic`: the
-    run may have survived that ranks failed.
+    `hang`: what the supervisor saw; `memory`: the system ended a process for lack of memory meanwhile; `stall`: what
+    Horovod said last, which explains a hang; `elastic`: the run may have survived that ranks failed.
     """
+    ending = _judge(errors, status, attempt, returncode, noise, killed, hang, heartbeats or {}, memory, elastic, stall)
+    if stall is None or ending.kind != "hang" or stall.fatal:
+        return ending
+    return replace(ending, text=f"{ending.text}\n  {explain(stall, heartbeats or {})}")
+
+
+def _judge(
+    errors: Sequence[Mapping[str, Any]],
+    status: Mapping[str, Any],
+    attempt: int,
+    returncode: int,
+    noise: Sequence[str],
+    killed: str | None,
+    hang: Hang | None,
+    heartbeats: Mapping[int, Heartbeat],
+    memory: bool,
+    elastic: bool,
+    stall: Stall | None,
+) -> Ending:
     own = status if status.get("attempt") == attempt else {}
     if elastic and own.get("state") in ("finished", "stopped"):
         errors = ()
     real = [error for error in errors if str(error.get("type")) not in CONSEQUENCES]
     if hang is not None and not real:
         return Ending(int(Exit.CRASH), "failed", f"error: {hang.text}", hang.rank, _hung(hang), _gone(hang))
+    over, code = own.get("state") in ("finished", "stopped"), shell_code(returncode)
+    gave_up = stall is not None and stall.fatal and not elastic
+    if stall is not None and gave_up and not real and not over and returncode:  # the ranks say: it has shut down
+        text = f"error: {explain(stall, heartbeats)}, and was told to give up (horovod.stall_stop)"
+        return Ending(int(Exit.CRASH), "failed", text, min(stall.missing), "hang")
+    if returncode < 0 and killed is None and not real and not over:  # what ranks say of it comes from that
+        return _silent(code, returncode, own, noise, heartbeats, memory, elastic)
     lost = _lost_host(noise)
     if errors and (real or lost is None):
         cause = (real or errors)[0]  # the first by time
         kind = _kind(cause)
         return Ending(_code(cause), "failed", _told(cause, len(errors)), _number(cause.get("rank")), kind)
-    state, code = own.get("state"), shell_code(returncode)
+    state = own.get("state")
     if state in ("finished", "stopped"):
         ended = {int(found[2]) for line in noise if (found := _HOROVODRUN.match(line))}  # its own code is then 1
         well = code in (0, Exit.STOPPED) or Exit.STOPPED in ended
@@ -107,12 +135,12 @@ def judge(
     if code == Exit.STOPPED:
         return Ending(code, "stopped", "", kind="stopped")
     if lost is not None:
-        return _of_lost_host(lost, code, heartbeats or {})
+        return _of_lost_host(lost, code, heartbeats)
     if killed is not None and not (memory and code == 128 + signal.SIGKILL):
         return Ending(code if code else int(Exit.CRASH), "failed", f"error: {killed}")
     if code == 0:
         return Ending(Exit.INTERNAL, "failed", "error: the ranks ended without an error, but the run did not finish")
-    return _silent(code, returncode, own, noise, heartbeats or {}, memory, elastic)
+    return _silent(code, returncode, own, noise, heartbeats, memory, elastic)
 
 
 def shell_code(returncode: int) -> int:

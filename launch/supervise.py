@@ -31,6 +31,7 @@ from launch import processes
 from launch.command import Command
 from launch.console import Parted
 from launch.report import Ending, judge
+from launch.stall import Stall, Told, explain, where_to_look
 from launch.stop import BY_SIGNAL
 from launch.watch import Watch, oom_kills
 
@@ -103,6 +104,8 @@ def supervise(
         watch = Watch(run, attempt, program, run_id, settings, elastic)
         try:
             killed = _follow(process, streams, watch, requests, run, run_id)
+            if (process.returncode or 0) < 0:  # killed; TERM would ask its ranks to save and stop, which nobody wants
+                processes.kill(process.pid, run_id)
             processes.end(process.pid, run_id, grace=GRACE)
             streams.drain()
         finally:
@@ -122,6 +125,7 @@ def supervise(
         heartbeats=attempt.heartbeats(),
         memory=oom_kills() > memory,
         elastic=elastic,
+        stall=streams.stall(),
     )
 
 
@@ -134,12 +138,16 @@ def _follow(
     run_id: str,
 ) -> str | None:
     """Until the launcher has ended. Returns why the ranks were ended from here, if they were."""
+    stalls = Told()
     while process.poll() is None:
         streams.pump(0.1)
+        if (stall := streams.stall()) is not None and stalls.is_news(stall, time.monotonic()):
+            beats = watch.attempt.heartbeats()
+            say("\n  ".join(filter(None, [f"warning: {explain(stall, beats)}", where_to_look(stall, beats)])))
         if requests.interrupts + requests.stops and not requests.asked:
             requests.asked = True
             _ask_to_stop(run, requests.first, "Ctrl-C again ends now" if requests.interrupts else "SIGINT ends now")
-            requests.interrupts = 0
+            requests.interrupts = max(0, requests.interrupts - 1)
         elif requests.asked and requests.interrupts:
             say("ending now")
             processes.end(process.pid, run_id, grace=GRACE)
@@ -220,6 +228,10 @@ class _Streams:
         for parted, target in self._parts:
             _write(target, parted.close())
         self._selector.close()
+
+    def stall(self) -> Stall | None:
+        """The last that Horovod said of operations that only some ranks have come to."""
+        return next((parted.stalls.last for parted, _ in self._parts if parted.stalls.last is not None), None)
 
     def noise(self) -> list[str]:
         return [line for parted, _ in self._parts for line in parted.noise]

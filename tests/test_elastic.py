@@ -16,8 +16,8 @@ import numpy as np
 import pytest
 import torch
 from support import ROOT
-from tasks_for_tests import Troubled
 from training import train
+from troubled import Troubled
 
 from harness.batch import plan_batch
 from harness.data import train_batches
@@ -30,7 +30,7 @@ from launch import processes
 STEPS, LOG = 800, 5
 CONFIG = f"""
 name: run
-task: {{name: "tasks_for_tests:ComesAndGoes", args: {{trouble: kill}}}}
+task: {{name: "troubled:ComesAndGoes", args: {{trouble: kill}}}}
 train: {{steps: {STEPS}, global_batch: 15, ema: 0.9}}
 optim: {{name: momentum, lr: 0.002}}
 checkpoint: {{check_replicas: 1, strict: true}}
@@ -80,7 +80,7 @@ def launch(tmp_path: Path) -> Iterator[Callable[..., Run]]:
 
     def go(*arguments: str) -> Run:
         (tmp_path / "run.yaml").write_text(CONFIG)
-        (tmp_path / "tasks_for_tests.py").write_bytes((ROOT / "tests" / "tasks_for_tests.py").read_bytes())
+        (tmp_path / "troubled.py").write_bytes((ROOT / "tests" / "troubled.py").read_bytes())
         path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
         with (tmp_path / "said").open("wb") as said:
             process = subprocess.Popen(

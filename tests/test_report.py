@@ -250,3 +250,12 @@ def test_horovodrun_has_a_code_of_its_own_for_ranks_that_have_stopped() -> None:
     said = ["Process 0 exit with status code 75.", "Process 1 exit with status code 75."]
     assert judge([], status, attempt=1, returncode=1, noise=said).text == ""
     assert judge([], status, attempt=1, returncode=1).text.startswith("note: the ranks ended with code 1")
+
+
+def test_a_killed_launcher_is_the_cause_of_what_ranks_say_of_it() -> None:
+    shut = ERROR | {"type": "HorovodInternalError", "message": "Horovod has been shut down"}
+    ending = judge([shut], {}, attempt=1, returncode=-9)
+    assert (ending.code, ending.rank) == (137, None)
+    assert ending.text.startswith("error: the launcher was ended by SIGKILL")
+    assert judge([ERROR], {}, attempt=1, returncode=-9).rank == 1, "but not of their own mistakes"
+    assert judge([shut], {"state": "finished", "attempt": 1}, attempt=1, returncode=-9).code != 137

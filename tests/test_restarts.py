@@ -2,173 +2,281 @@
 
 from __future__ import annotations
 
-import json
 import os
+import random
 import re
+import signal
+import socket
 import subprocess
-import sys
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
-from support import ROOT, needs_mpirun
+from disturbed import DEADLINE, Run, launch, the_same, undisturbed
+from support import needs_mpirun
 
-from harness.checkpoint import open_checkpoint
-from harness.rundir import Attempt, RunDir
-from launch import processes
+from harness.errors import Exit
 
-pytestmark = [needs_mpirun, pytest.mark.mpi, pytest.mark.timeout(600)]
-BIN = Path(sys.executable).parent
-CONFIG = """
-name: run
-task: {name: "tasks_for_tests:Troubled", args: {path: there}}
-train: {steps: 12, global_batch: 16}
-optim: {name: momentum, lr: 0.05}
-eval: {every: 5}
-checkpoint: {every: 4, check_replicas: 0, mode: wait}
-log: {every: 2}
-watchdog: {silence: 3s}
-restart: {backoff: 100ms}
-"""
-
-
-@dataclass
-class Run:
-    """A `harness run` under way in a folder."""
-
-    folder: Path
-    process: subprocess.Popen[str]
-
-    def wait(self) -> tuple[int, str]:
-        """Exit code and all that was printed; no process of the run is left."""
-        said, _ = self.process.communicate(timeout=500)
-        for attempt in self.attempts:
-            assert processes.members(-1, str(json.loads(attempt.command.read_text())["run_id"])) == []
-        assert list(self._here()) == []
-        return self.process.returncode, said
-
-    def _here(self) -> Iterator[int]:
-        for entry in Path("/proc").iterdir():
-            try:
-                if entry.name.isdecimal() and Path(os.readlink(entry / "cwd")) == self.folder:
-                    yield int(entry.name)
-            except OSError:
-                continue
-
-    def until(self, condition: Callable[[], bool]) -> None:
-        end = time.monotonic() + 120
-        while not condition():
-            assert time.monotonic() < end and self.process.poll() is None, self.process.communicate(timeout=60)
-            time.sleep(0.05)
-
-    @property
-    def dir(self) -> RunDir:
-        return RunDir(self.folder / "runs/run")
-
-    @property
-    def attempts(self) -> list[Attempt]:
-        return self.dir.attempts()
-
-    def ending(self, index: int = -1) -> dict[str, Any]:
-        return dict(json.loads(self.attempts[index].ending.read_text()))
-
-    def tensors(self) -> dict[str, np.ndarray]:
-        """The tensors of the final checkpoint."""
-        (last,) = (self.dir.checkpoints).glob("step-00000012*")
-        checkpoint = open_checkpoint(last)
-        return {name: np.asarray(checkpoint.read(name)) for name in checkpoint.names()}
+pytestmark = [needs_mpirun, pytest.mark.mpi, pytest.mark.timeout(900)]
+Go = Callable[..., Run]
 
 
 @pytest.fixture
-def launch(tmp_path: Path) -> Iterator[Callable[..., Run]]:
+def go(tmp_path: Path) -> Iterator[Go]:
     started: list[Run] = []
 
-    def go(*arguments: str) -> Run:
-        return launch_in(tmp_path, *arguments, started=started)
+    def start(*arguments: str, **options: object) -> Run:
+        started.append(launch(tmp_path, *arguments, **options))  # type: ignore[arg-type]
+        return started[-1]
 
-    yield go
+    yield start
     for run in started:
-        if run.process.poll() is None:
-            run.process.kill()
-            run.process.communicate()
-        for attempt in run.attempts:
-            processes.end(-1, str(json.loads(attempt.command.read_text())["run_id"]), grace=0)
-
-
-def launch_in(folder: Path, *arguments: str, started: list[Run] | None = None) -> Run:
-    (folder / "run.yaml").write_text(CONFIG)
-    (folder / "tasks_for_tests.py").write_bytes((ROOT / "tests" / "tasks_for_tests.py").read_bytes())
-    process = subprocess.Popen(
-        [sys.executable, "-m", "launch.cli", "run", "run.yaml", "-n", "2", *arguments],
-        cwd=folder,
-        env=os.environ | {"PATH": f"{BIN}{os.pathsep}{os.environ['PATH']}", "PYTHONPATH": str(ROOT)},
-        stdin=subprocess.DEVNULL,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-    )
-    run = Run(folder, process)
-    if started is not None:
-        started.append(run)
-    return run
+        run.end()
 
 
 @pytest.fixture(scope="module")
-def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> dict[str, np.ndarray]:
-    run = launch_in(tmp_path_factory.mktemp("undisturbed"))
-    code, said = run.wait()
-    assert code == 0, said
-    tensors = run.tensors()
-    assert len(tensors) >= 4, "weight and bias, each with its momentum"
-    return tensors
+def two(tmp_path_factory: pytest.TempPathFactory) -> dict[str, np.ndarray]:
+    return undisturbed(tmp_path_factory.mktemp("two"), 2)
 
 
-def the_same(left: dict[str, np.ndarray], right: dict[str, np.ndarray]) -> bool:
-    return left.keys() == right.keys() and all(left[name].tobytes() == right[name].tobytes() for name in left)
+@pytest.fixture(scope="module")
+def four(tmp_path_factory: pytest.TempPathFactory) -> dict[str, np.ndarray]:
+    return undisturbed(tmp_path_factory.mktemp("four"), 4)
 
 
 def test_a_rank_is_killed_in_each_section_and_the_run_ends_as_if_it_had_not_been(
-    launch: Callable[..., Run], undisturbed: dict[str, np.ndarray]
+    go: Go, two: dict[str, np.ndarray]
 ) -> None:
-    plan = [("start", 1, 1), ("data", 7, 1), ("step", 2, 0), ("save", 2, 0), ("evaluation", 1, 1)]
-    told = [[place, "kill", at, rank] for place, at, rank in plan]
-    run = launch("--restarts", "5", f"task.args.plan={json.dumps(told)}")
+    places = [("start", 1, 1), ("data", 7, 1), ("step", 2, 0), ("save", 2, 0), ("evaluation", 1, 1)]
+    run = go("--restarts", "5", plan=[(place, "kill", at, rank) for place, at, rank in places])
     code, said = run.wait()
     assert code == 0, said
-    assert [run.ending(index)["state"] for index in range(6)] == [*["failed"] * 5, "finished"]
-    for index, (_, _, rank) in enumerate(plan):
-        assert (run.folder / f"there.{index + 1}").exists(), "the trouble has come"
+    assert [run.ending(index)["state"] for index in range(1, 7)] == [*["failed"] * 5, "finished"]
+    for index, (_, _, rank) in enumerate(places, start=1):
+        assert run.took(index) < DEADLINE
         ending = run.ending(index)
         assert (ending["kind"], ending["code"], ending["rank"]) == ("crash", 137, rank), said
         assert re.search(rf"^rank {rank} on \S+ was ended by SIGKILL, last seen in ", ending["summary"]), said
-    assert run.ending(0)["summary"].endswith("last seen in start")
+    assert run.ending(1)["summary"].endswith("last seen in start")
     assert "restart 1 of 5 without progress at once, with 2 ranks, from the beginning" in said
     assert re.search(r"^ *6 +2 .* finished: finished$", said, re.MULTILINE), said
-    assert the_same(run.tensors(), undisturbed)
+    assert max(run.took(1), run.took(2)) < 5 + 3 + DEADLINE
+    assert the_same(run.tensors(), two)
 
 
-def test_a_rank_that_hangs_is_found_and_the_run_ends_as_if_it_had_not(
-    launch: Callable[..., Run], undisturbed: dict[str, np.ndarray]
-) -> None:
-    told = [["data", "sleep", 7, 1], ["step", "stop", 2, 0]]
-    run = launch("--restarts", "2", "watchdog.data=5s", f"task.args.plan={json.dumps(told)}")
+def test_a_rank_that_hangs_is_found_and_the_run_ends_as_if_it_had_not(go: Go, two: dict[str, np.ndarray]) -> None:
+    run = go("--restarts", "2", "watchdog.data=5s", plan=[("data", "sleep", 7, 1), ("step", "stop", 2, 0)])
     code, said = run.wait()
     assert code == 0, said
-    stuck, stopped = run.ending(0), run.ending(1)
+    stuck, stopped = run.ending(1), run.ending(1)
     assert (stuck["kind"], stuck["rank"]) == ("hang", 1), said
     assert re.search(
         r"rank 1 of 2 on \S+ hangs: last seen in data at step 6 for .*, longer than watchdog.data \(5.0 s\) allows;"
         r" 1 other waits in communication",
         stuck["summary"],
     ), said
-    assert "tasks_for_tests.py" in run.attempts[0].log(1).read_text(), "its stack"
+    assert "troubled.py" in run.attempts[0].log(1).read_text(), "its stack"
     assert "Thread" in run.attempts[0].log(0).read_text(), "the other's stacks"
     assert (stopped["kind"], stopped["rank"]) == ("hang", 0), said
     assert re.search(
         r"rank 0 of 2 on \S+ is stopped \(SIGSTOP\), last seen in .* ago; 1 other waits", stopped["summary"]
     )
-    assert the_same(run.tensors(), undisturbed)
+    assert max(run.took(1), run.took(2)) < 5 + 3 + DEADLINE
+    assert the_same(run.tensors(), two)
+
+
+def test_an_exception_a_killed_launcher_and_a_rank_killed_before_it_has_met_the_others(
+    go: Go, two: dict[str, np.ndarray]
+) -> None:
+    plan = [("step", "raise", 2, 1), ("data", "kill launcher", 6, 1), ("start", "sleep", 1, 1)]
+    run = go("--restarts", "3", plan=plan)
+    third = run.dir.attempt(3)
+    run.until(lambda: 1 in third.heartbeats())
+    os.kill(third.heartbeats()[1].pid, signal.SIGKILL)
+    code, said = run.wait()
+    assert code == 0, said
+    raised, orphaned, early = run.ending(1), run.ending(2), run.ending(3)
+    assert (raised["kind"], raised["code"], raised["rank"]) == ("crash", 1, 1)
+    assert re.search(r"rank 1 of 2 on \S+ failed at step 1 in forward/backward\n  ValueError: trouble\n", said), said
+    assert (orphaned["kind"], orphaned["code"], orphaned["rank"]) == ("crash", 137, None)
+    assert orphaned["summary"].startswith("the launcher was ended by SIGKILL"), said
+    assert (early["kind"], early["code"], early["rank"]) == ("crash", 137, 1)
+    assert early["summary"].endswith("was ended by SIGKILL, last seen in start"), said
+    assert max(run.took(1), run.took(2)) < DEADLINE
+    assert the_same(run.tensors(), two)
+
+
+def test_a_killed_supervisor_a_broken_checkpoint_usr2_in_a_save_and_two_ctrl_c(
+    go: Go, two: dict[str, np.ndarray]
+) -> None:
+    """Four starts by hand of one run; each goes on from what the one before has left."""
+    plan = [("data", "kill supervisor", 10, 1), ("save", "usr2", 1, 0), ("data", "interrupt twice", 1, 1)]
+    run = go(plan=plan)
+    code, said = run.wait(lingers=DEADLINE)
+    assert code == -signal.SIGKILL, said
+    assert not run.dir.attempt(1).ending.exists()
+    assert {path.name for path in run.dir.checkpoints.glob("step-*")} == {"step-00000004", "step-00000008"}
+
+    newest = run.dir.checkpoints / "step-00000008/data.h5"
+    data = bytearray(newest.read_bytes())
+    data[len(data) // 2 :] = bytes(255 - value for value in data[len(data) // 2 :])
+    newest.write_bytes(data)
+    run = go(plan=plan)
+    code, said = run.wait()
+    assert code == Exit.STOPPED, said
+    assert re.search(r"step-00000008.*damaged", said), said
+    assert "resumed from the checkpoint at step 4" in said
+    stopped = run.ending(2)
+    assert (stopped["kind"], stopped["saved"]) == ("stopped", "step-00000010"), said
+    assert run.took(2) < DEADLINE
+
+    run = go(plan=plan)
+    code, said = run.wait()
+    assert code == Exit.INTERRUPTED, said
+    assert "resumed from the checkpoint at step 10" in said
+    assert "saving and stopping at the next log interval; Ctrl-C again ends now" in said
+    assert "ending now" in said
+    assert run.ending(3)["kind"] == "interrupted"
+    assert run.took(3) < DEADLINE
+
+    run = go(plan=plan)
+    code, said = run.wait()
+    assert code == 0, said
+    assert "resumed from the checkpoint at step 10" in said
+    assert the_same(run.tensors(), two)
+
+
+def test_a_full_disk_ends_the_run_in_a_sentence_and_it_goes_on_once_there_is_room(
+    go: Go, two: dict[str, np.ndarray], tmp_path: Path
+) -> None:
+    (runs := tmp_path / "runs").mkdir()
+    # a save wants 16 MiB to be left, so that only some fit
+    if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=16560k", "tmpfs", runs], capture_output=True).returncode:
+        pytest.skip("mounting a small tmpfs needs root")
+    try:
+        run = go("checkpoint.keep=100", "checkpoint.every=1")
+        code, said = run.wait()
+        assert code == Exit.IO, said
+        assert "space" in said
+        assert "Traceback" not in said
+        assert run.ending(1)["kind"] == "io"
+        kept = sorted(path.parent.name for path in run.dir.checkpoints.glob("step-*/manifest.json"))
+        assert 0 < len(kept) < 12
+        subprocess.run(["mount", "-o", "remount,size=170m", runs], check=True)
+        run = go("checkpoint.keep=100", "checkpoint.every=1")
+        code, said = run.wait()
+        assert code == 0, said
+        assert f"resumed from the checkpoint at step {int(kept[-1][5:])}" in said
+        assert the_same(run.tensors(), two)
+    finally:
+        subprocess.run(["umount", "-l", runs], check=True)
+
+
+def test_four_ranks_one_killed_in_a_save_one_stopped(go: Go, four: dict[str, np.ndarray]) -> None:
+    run = go("--restarts", "2", ranks=4, plan=[("save", "kill", 2, 3), ("data", "stop", 2, 2)])
+    code, said = run.wait()
+    assert code == 0, said
+    killed, stopped = run.ending(1), run.ending(2)
+    assert (killed["kind"], killed["code"], killed["rank"]) == ("crash", 137, 3), said
+    assert (stopped["kind"], stopped["rank"]) == ("hang", 2), said
+    assert re.search(r"rank 2 of 4 on \S+ is stopped \(SIGSTOP\), last seen in \S+.*; 3 others", stopped["summary"])
+    assert run.took(1) < DEADLINE
+    assert run.took(2) < 3 + DEADLINE
+    assert the_same(run.tensors(), four)
+
+
+SSH = """#!/bin/sh
+# plays another host: the command runs here, in a session of its own and under that host's name
+while [ "${1#-}" != "$1" ]; do shift; done
+host=$1
+shift
+exec unshare --uts sh -c 'hostname "$0"; exec setsid sh -c "$1"' "$host" "$*"
+"""
+
+
+def test_a_host_is_lost_and_the_others_go_on(
+    go: Go, two: dict[str, np.ndarray], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if subprocess.run(["unshare", "--uts", "hostname", "there"], capture_output=True).returncode:
+        pytest.skip("another host name needs root")
+    (tools := tmp_path / "tools").mkdir()
+    (tools / "ssh").write_text(SSH)
+    (tools / "ssh").chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tools}{os.pathsep}{os.environ['PATH']}")
+    hosts = ["-H", f"{socket.gethostname()}:1,there:1", "launch.interfaces=lo"]
+    run = go(*hosts, "--restarts", "1", "--min-ranks", "1", plan=[("data", "kill host", 6, 1)])
+    code, said = run.wait()
+    assert code == 0, said
+    lost = run.ending(1)
+    assert (lost["kind"], lost["host"], lost["rank"]) == ("lost", "there", 1), said
+    assert re.search(r"^the host there is gone; rank 1 of 2 on it was last seen in \S+", lost["summary"])
+    assert "restart 1 of 1 without progress at once, with 1 rank, from step-00000004" in said
+    assert run.took(1) < DEADLINE
+    tensors = run.tensors()
+    assert all(np.allclose(tensors[name], two[name], rtol=1e-5) for name in two), "the same mathematics"
+
+
+DEATHS = 30
+LONG = """
+name: run
+task: {name: "troubled:Troubled", args: {path: there, pause: 0.02}}
+train: {steps: 2400, global_batch: 16}
+optim: {name: momentum, lr: 0.0005}
+eval: {every: 70}
+checkpoint: {every: 20, check_replicas: 0}
+log: {every: 5}
+watchdog: {silence: 3s}
+restart: {backoff: 100ms, longest: 1s, most: 100}
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(7200)
+def test_a_run_dies_at_random_moments_and_ends_as_if_it_had_not(tmp_path: Path) -> None:
+    """A rank, mpirun or `harness run` is killed, or a rank stopped: while it starts, restores, trains or saves."""
+    (quiet := tmp_path / "quiet").mkdir()
+    (folder := tmp_path / "dies").mkdir()
+    chance, start = random.Random(5), 0.0
+    run = launch(folder, config=LONG)
+    try:
+        for number in range(1, DEATHS + 1):
+            attempt, began = run.dir.attempt(number), time.monotonic()
+            run.until(attempt.command.exists)
+            how = chance.choice(["rank", "rank", "rank", "launcher", "supervisor", "stop"])
+
+            def both_are_here(run: Run = run, number: int = number) -> bool:
+                return len(run.members(number)[1]) == 2
+
+            def it_trains(run: Run = run, number: int = number) -> bool:
+                status = run.dir.read_status()
+                return (status.get("attempt"), status.get("state")) == (number, "running")
+
+            if start and how != "stop" and chance.random() < 0.4:
+                time.sleep(chance.uniform(0, start))
+                run.until(both_are_here)
+            else:
+                run.until(it_trains)
+                start = start or time.monotonic() - began
+                time.sleep(chance.uniform(0, 3))
+            mpirun, ranks = run.members(number)
+            victim = {"launcher": mpirun, "supervisor": run.process.pid}.get(how) or chance.choice(ranks)
+            os.kill(victim, signal.SIGSTOP if how == "stop" else signal.SIGKILL)
+            died = time.monotonic()
+            if how == "supervisor":
+                code, said = run.wait(lingers=DEADLINE)
+                assert code == -signal.SIGKILL, said
+                run = launch(folder, config=LONG)
+            else:
+                run.until(attempt.ending.exists)
+                ending = run.ending(number)
+                assert ending["kind"] == ("hang" if how == "stop" else "crash"), (how, ending)
+                assert (ending["rank"] is None) == (how == "launcher"), (how, ending)
+            print(f"death {number}: {how}, recorded after {time.monotonic() - died:.1f} s, {run.dir.read_status()}")
+        code, said = run.wait()
+        assert code == 0, said
+        assert len(run.attempts) == DEATHS + 1
+        assert the_same(run.tensors(2400), undisturbed(quiet, 2, LONG, 2400))
+    finally:
+        run.end()

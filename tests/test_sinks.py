@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import io
 import json
 import math
+import os
 import re
 from pathlib import Path
 
@@ -101,3 +103,15 @@ def test_slow_ranks_and_communication_are_named() -> None:
 
 def test_numbers() -> None:
     assert [number(value) for value in (0.000123456, math.nan, None, 7, "x")] == ["0.0001235", "nan", "-", "7", "x"]
+
+
+def test_a_console_that_nobody_reads_any_more_does_not_end_a_rank(tmp_path: Path) -> None:
+    reader, writer = os.pipe()
+    with open(tmp_path / "log", "w+") as file, os.fdopen(writer, "w", buffering=1) as console:
+        tee = Tee(console, file)
+        os.close(reader)
+        print("step 1", file=tee, flush=True)
+        print("step 2", file=tee, flush=True)
+        assert (tmp_path / "log").read_text() == "step 1\nstep 2\n"
+        with contextlib.suppress(BrokenPipeError):
+            console.close()

@@ -52,10 +52,10 @@ def rank(tmp_path: Path) -> Iterator[Callable[[str], tuple[subprocess.Popen[str]
     started: list[subprocess.Popen[str]] = []
     attempt = RunDir(tmp_path).new_attempt()
 
-    def go(script: str) -> tuple[subprocess.Popen[str], Attempt]:
+    def go(script: str, **environ: str) -> tuple[subprocess.Popen[str], Attempt]:
         file = tmp_path / "rank.py"
         file.write_text(PROGRAM + textwrap.dedent(script))
-        env = os.environ | {"PYTHONPATH": str(ROOT)}
+        env = os.environ | {"PYTHONPATH": str(ROOT)} | environ
         started.append(subprocess.Popen([sys.executable, str(file), str(attempt.root)], env=env, text=True))
         return started[-1], attempt
 
@@ -103,6 +103,28 @@ def test_a_rank_that_holds_pythons_lock_is_ended_by_the_timer(rank: Any) -> None
     assert process.wait(60) == 1
     assert attempt.errors() == []
     assert "stuck_in_c" in attempt.log(0).read_text()
+
+
+def test_a_rank_that_was_stopped_for_longer_than_any_limit_goes_on(rank: Any) -> None:
+    """As on a machine that was suspended; `harness run` ends a rank that is stopped, where that is wanted."""
+    process, attempt = rank(
+        """
+        watch(data=1.0)
+        with clock("data"):
+            while not (attempt.root / "go").exists():
+                time.sleep(0.05)
+                clock.section = "data"
+    """,
+        HARNESS_RUN_ID="x",
+    )
+    until(lambda: 0 in attempt.heartbeats() and attempt.heartbeats()[0].section == "data")
+    process.send_signal(signal.SIGSTOP)
+    time.sleep(6)  # the timer is set to 1 + 1 + 8 * 0.25 s
+    process.send_signal(signal.SIGCONT)
+    beat = attempt.heartbeats()[0].beat
+    until(lambda: attempt.heartbeats()[0].beat > beat + 2)
+    (attempt.root / "go").touch()
+    assert process.wait(60) == 0
 
 
 def test_within_its_limits_nothing_happens_and_stacks_can_be_asked_for(rank: Any) -> None:

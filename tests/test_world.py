@@ -51,6 +51,26 @@ def test_horovods_settings_are_its_environment(tmp_path: Path) -> None:
     assert off == {"HOROVOD_STALL_CHECK_DISABLE": "1", **packing}
 
 
+@pytest.mark.parametrize(
+    ("fields", "limit", "warn"),
+    [
+        ({}, 600.0, "60"),
+        ({}, 40.0, "10"),
+        ({}, 2.0, "1"),
+        ({"stall_stop": 20.0}, 600.0, "20"),
+        ({"stall_warn": 90.0, "stall_stop": 90.5}, 40.0, "90"),
+        ({"stall_warn": 90.0, "stall_stop": 30.0}, 600.0, "30"),
+        ({"stall_warn": 0.2}, 600.0, "1"),
+    ],
+)
+def test_horovod_tells_of_a_stall_before_the_watchdog_ends_it(
+    fields: dict[str, float], limit: float, warn: str, tmp_path: Path
+) -> None:
+    variables = horovod_environment(Horovod.model_validate(fields), tmp_path, limit=limit)
+    assert variables["HOROVOD_STALL_CHECK_TIME_SECONDS"] == warn
+    assert int(variables.get("HOROVOD_STALL_SHUTDOWN_TIME_SECONDS", "999")) >= int(warn), "Horovod ignores less"
+
+
 def test_views_that_differ_are_all_told() -> None:
     check_views({"the environment": (1, 4), "Horovod": (1, 4)}, "openmpi")
     with pytest.raises(Unavailable) as told:

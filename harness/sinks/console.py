@@ -53,7 +53,8 @@ class Console:
         if record["kind"] == "train":
             told = describe(record)
             if self.bar is not None:
-                self.bar.update(self.task, completed=step, told=told, refresh=True)
+                with contextlib.suppress(OSError):  # nobody looks any more, as in Tee
+                    self.bar.update(self.task, completed=step, told=told, refresh=True)
                 self._note(f"step {step}/{self.steps}  {told}")
             else:
                 print(f"step {step}/{self.steps}  {told}", flush=True)
@@ -68,14 +69,16 @@ class Console:
 
     def say(self, text: str) -> None:
         if self.bar is not None:
-            self.bar.console.print(Text(text))
+            with contextlib.suppress(OSError):
+                self.bar.console.print(Text(text))
             self._note(text)
         else:
             print(text, flush=True)
 
     def close(self) -> None:
         if self.bar is not None:
-            self.bar.stop()
+            with contextlib.suppress(OSError):
+                self.bar.stop()
 
     def _note(self, text: str) -> None:
         if self.file is not None:
