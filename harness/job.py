@@ -110,6 +110,11 @@ class Job:
             self.world.average_tensors(self.model.named_buffers(), f"{name}/average")
         self.world.broadcast_tensors(self.model.named_buffers(), name)  # also those that have no mean
 
+    @property
+    def sent(self) -> float:
+        """Bytes that this rank has sent to others since the start, at least: see `parallel/traffic.py`."""
+        return self.update.sent + self.spread.sent
+
     def close(self) -> None:
         """End the evaluation's loader workers and the checkpoint manager. Collective."""
         if self.eval_batches is not None:

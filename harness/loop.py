@@ -81,7 +81,7 @@ def train(job: Job) -> None:
                 interval = meter.exchange(
                     job.world,
                     job.clock,
-                    sent=job.update.sent,
+                    sent=job.sent,
                     stop=job.stop.wanted(),
                     save=job.request.wanted(),
                     announced=job.elastic is not None and job.elastic.announced,
@@ -115,7 +115,7 @@ def finish(job: Job, started: float, first: int) -> None:
             job.manager.add_metrics(done, job.evaluated)  # it was saved before: an evaluation may fail
     export(job)
     job.sinks.record("state", done, state="finished", summary=f"{done} steps")
-    sent = float(job.world.exchange([job.update.sent], "finish/sent").sum())
+    sent = float(job.world.exchange([job.sent], "finish/sent").sum())
     per_sample = sent / max(1, (done - first) * job.plan.global_batch)
     network = f"; {show_size(per_sample)} per sample over the network" if sent else ""
     job.sinks.say(f"finished at step {done} after {show_duration(time.perf_counter() - started)}{network}")

@@ -22,6 +22,7 @@ from torch import Tensor
 
 from harness.parallel.groups import Group
 from harness.parallel.reducer import wait
+from harness.parallel.traffic import allgather_bytes, allreduce_bytes
 
 
 def copied(x: Tensor, group: Group, name: str) -> Tensor:
@@ -75,6 +76,7 @@ class _Gathered(torch.autograd.Function):
 
         ctx.begin, ctx.count = group.index * x.shape[-1], x.shape[-1]
         last_first = _for_the_wire(x.movedim(-1, 0))
+        group.traffic.sent += allgather_bytes(last_first.nbytes, group.size)
         whole = wait(hvd.allgather_async(last_first, name=f"{name}/gather", process_set=group.process_set))
         return whole.movedim(0, -1).to(x.dtype)
 
@@ -92,8 +94,9 @@ def _sum(x: Tensor, group: Group, name: str) -> Tensor:
 def _reduce(x: Tensor, group: Group, name: str, op: Any) -> Tensor:
     import horovod.torch as hvd
 
-    sent = hvd.allreduce_async(_for_the_wire(x), op=op, name=name, process_set=group.process_set)
-    return wait(sent).to(x.dtype)
+    mine = _for_the_wire(x)
+    group.traffic.sent += allreduce_bytes(mine.nbytes, group.size)
+    return wait(hvd.allreduce_async(mine, op=op, name=name, process_set=group.process_set)).to(x.dtype)
 
 
 def _for_the_wire(x: Tensor) -> Tensor:

@@ -10,18 +10,19 @@ averaged over them. Their optimizer state may be cut into shards, over all of th
 >>> grid.replicas(3)                # ranks that hold what rank 3 holds
 (1, 3)
 
-The arithmetic is pure and imports nothing, so that the launcher can draw it; Horovod's process sets, which carry the
+The arithmetic is pure and imports little, so that the launcher can draw it; Horovod's process sets, which carry the
 collectives of a group, are made once, at start (`Groups`). What is not here: what is sent.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any, Literal, NamedTuple
 
 from harness.errors import ConfigError
+from harness.parallel.traffic import Traffic
 
 Ranks = tuple[int, ...]
 Shards = Literal["none", "node", "all"]
@@ -158,6 +159,8 @@ class Group:
     """This rank's place among them."""
     process_set: Any = None
     """Horovod's, for `process_set=`; None for a rank alone, which needs no collective."""
+    traffic: Traffic = field(default_factory=Traffic, compare=False)
+    """Of the collectives of layers that are cut over the group."""
 
     @property
     def size(self) -> int:

@@ -16,6 +16,7 @@ from harness.checkpoint.shards import Region
 from harness.errors import ConfigError
 from harness.parallel.pipeline import Pipeline
 from harness.parallel.tensor import cut
+from harness.parallel.traffic import Traffic
 from harness.parallel.wire import Wire
 from harness.passes import Passes, one_by_one
 from harness.task import Task
@@ -33,6 +34,12 @@ class Spread:
     """Names of parameters of which the ranks of a stage have different parts."""
     passes: Passes
     whole: nn.Module
+    traffic: tuple[Traffic, ...] = ()
+
+    @property
+    def sent(self) -> float:
+        """Bytes of activations and their gradients that this rank has sent since the start, at least."""
+        return sum(traffic.sent for traffic in self.traffic)
 
 
 def make_model(task: Task, world: World) -> Spread:
@@ -43,13 +50,15 @@ def make_model(task: Task, world: World) -> Spread:
     parts = frozenset(regions)
     passes: Passes = one_by_one
     whole = model
+    traffic: tuple[Traffic, ...] = (task.model_group.traffic,)
     if world.groups.stages.size > 1:
         wire = Wire(world.comm.mpi, world.device)
         passes = pipeline = Pipeline(model, task.sequence(model), world.groups.stages, wire)
         regions, whole = pipeline.keep(model, regions), pipeline.whole
+        traffic += (wire.traffic,)
     if regions and type(task).export is not Task.export:
         raise ConfigError(
             f"task {type(task).__name__} exports its model on rank 0, which has only a part of it (section parallel)",
             hint="train without, or write a task without export; `harness ckpt export` writes whole models",
         )
-    return Spread(model, regions, parts, passes, whole)
+    return Spread(model, regions, parts, passes, whole, traffic)

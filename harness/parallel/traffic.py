@@ -1,10 +1,19 @@
 """What crosses the network, in bytes, so that forms of training can be compared. Arithmetic; nothing is measured.
 
+Who sends activations of a model that is spread over ranks counts them in a `Traffic`.
+
 >>> allreduce_bytes(1000, ranks=4)
 1500.0
 """
 
 from __future__ import annotations
+
+
+class Traffic:
+    """Bytes that this rank has sent to others, at least; `sent` only grows."""
+
+    def __init__(self) -> None:
+        self.sent = 0.0
 
 
 def allreduce_bytes(nbytes: int, ranks: int) -> float:

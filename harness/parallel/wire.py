@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from harness.errors import ConfigError, Unavailable
+from harness.parallel.traffic import Traffic
 
 DTYPES = (
     torch.float32,
@@ -48,6 +49,7 @@ class Wire:
         self._mpi = mpi.Dup()
         self._device = device
         self._sending: list[tuple[Any, Any]] = []  # requests, and what they send
+        self.traffic = Traffic()
 
     def send(self, tensor: Tensor, to: int, tag: int) -> None:
         """To a rank of the world. Raises ConfigError for what does not fit into a message."""
@@ -62,6 +64,7 @@ class Wire:
         header[2 : 2 + x.dim()] = x.shape
         for data in (header, x.view(-1).view(torch.uint8).numpy()):
             self._sending.append((self._mpi.Isend(data, to, tag), data))
+            self.traffic.sent += data.nbytes
         self._sending = [(request, data) for request, data in self._sending if not request.Test()]
 
     def receive(self, source: int, tag: int) -> Tensor:

@@ -53,6 +53,12 @@ def test_gradients_of_the_collectives(group: Group) -> None:
     assert torch.autograd.gradcheck(mixed, (drawn(2, 4),))
 
 
+def test_what_is_sent_is_counted(group: Group) -> None:
+    before = group.traffic.sent
+    summed(torch.ones(10), group, "counted")
+    assert group.traffic.sent - before == 2 * (group.size - 1) / group.size * 40
+
+
 def test_a_gather_is_in_the_order_of_the_group(group: Group) -> None:
     mine = torch.full((2, 1), float(group.index))
     assert gathered(mine, group, "order").tolist() == [list(range(group.size))] * 2

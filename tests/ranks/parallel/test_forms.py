@@ -74,6 +74,7 @@ def test_all_forms_have_the_same_losses_and_norms(world: World, regrouped: Regro
         lines = records(path, "train")
         curves[label(form)] = [line["loss"] for line in lines + records(path, "eval")]
         curves[label(form)] += [line["grad_norm"] for line in lines]
+        assert all(line["network_bytes_per_sample"] > 0 for line in lines) or world.size == 1
     for curve in curves.values():
         np.testing.assert_allclose(curve, curves["model1"], rtol=1e-4)
     if world.is_root:

@@ -28,5 +28,6 @@ def test_tensors_of_any_kind_go_round_without_waiting(world: World) -> None:
         assert got.dtype == dtype and torch.equal(got, made(before, dtype, shape))
     assert torch.equal(wire.receive(before, len(kinds)), torch.full((1024, 1024), float(before)))
     wire.finish()
+    assert wire.traffic.sent > 4 << 20
     with pytest.raises(ConfigError, match="complex64 of shape"):
         wire.send(torch.zeros(1, dtype=torch.complex64), after, 0)
