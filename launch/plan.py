@@ -118,6 +118,12 @@ def _elastic(config: Config, ranks: int) -> Elastic:
         raise ConfigError(f"launch.elastic goes with the launcher horovodrun, not with {config.launch.launcher}")
     if config.parallel.model > 1:
         raise ConfigError("launch.elastic goes with parallel.model=1 only: a part of a model is of no use alone")
+    if config.parallel.optimizer_shards != "none":
+        raise ConfigError("launch.elastic does not go with parallel.optimizer_shards: a lost rank's slices are lost")
+    if config.horovod.cycle_time is not None:
+        raise ConfigError(
+            "launch.elastic does not go with horovod.cycle_time: Horovod 0.28 crashes when it is started again with it"
+        )
     least, most = config.restart.min_ranks or 1, config.launch.max_ranks or ranks
     if not least <= ranks <= most:
         raise ConfigError(

@@ -26,8 +26,11 @@ from harness.errors import ConfigError
 from harness.parallel.buckets import Bucket, Piece, plan_buckets
 from harness.parallel.traffic import allgather_bytes, allreduce_bytes
 
-PATIENCE = 50e-6
-"""Seconds between two looks at a reduction. Horovod's own wait spins, and takes the core from the thread that works."""
+PATIENCE = 20e-6, 400e-6
+"""Seconds between the first two looks at a reduction, and at most; the pause doubles.
+
+Horovod's own wait spins, and takes the core from the thread that moves the bytes.
+"""
 REDUCIBLE = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
 
 
@@ -163,8 +166,10 @@ def wait(handle: Any) -> Tensor:
     """The result of a Horovod operation, without keeping a core busy meanwhile. Collective."""
     import horovod.torch as hvd
 
+    pause, longest = PATIENCE
     while not hvd.poll(handle):
-        time.sleep(PATIENCE)
+        time.sleep(pause)
+        pause = min(2 * pause, longest)
     result: Tensor = hvd.synchronize(handle)
     return result
 

@@ -5,8 +5,8 @@
 One thread per rank, a GPT with tied embeddings, the same batches and plain SGD for all. In each round every contender
 takes the same number of steps, one contender after the other, forwards and backwards in turn; a step's time is the
 slowest rank's, ratios are taken within a round, and their median is told. Horovod is shut down while others are
-measured, because its thread would disturb them. In the end all must have the same parameters. Cores are what all
-threads of a rank used in the time of a step. It is no test: nothing here passes or fails by its speed.
+measured, because its thread would disturb them; it packs what it packs by default. In the end all must have the same
+parameters. CPU is what all threads of a rank used in a step. It is no test: nothing here passes or fails by its speed.
 """
 
 from __future__ import annotations
@@ -61,8 +61,10 @@ class GPT(torch.nn.Module):
 class Contender:
     """A model and how it takes a step. `make` returns the step, which is given the loss's function."""
 
-    def __init__(self, name: str, model: GPT, make: Callable[[GPT], Callable[..., None]], horovod: bool) -> None:
-        self.name, self.model, self.horovod = name, model, horovod
+    def __init__(self, name: str, model: GPT, make: Callable[[GPT], Callable[..., None]], fusion: int | None) -> None:
+        self.name, self.model = name, model
+        self.fusion = None if fusion is None else str(fusion)
+        """HOROVOD_FUSION_THRESHOLD; None: without Horovod."""
         self.step = make(model)
         self.rounds: list[tuple[float, float]] = []
 
@@ -151,8 +153,11 @@ def measure(contenders: list[Contender], args: argparse.Namespace, x: torch.Tens
     ends = time.monotonic() + args.seconds
     for number in range(args.rounds + 1):
         for contender in contenders if number % 2 else contenders[::-1]:
-            if contender.horovod != hvd.is_initialized():
-                hvd.init(comm=comm) if contender.horovod else hvd.shutdown()
+            if hvd.is_initialized() and os.environ["HOROVOD_FUSION_THRESHOLD"] != contender.fusion:
+                hvd.shutdown()
+            if contender.fusion is not None and not hvd.is_initialized():
+                os.environ["HOROVOD_FUSION_THRESHOLD"] = contender.fusion
+                hvd.init(comm=comm)
             times = []
             for take in range(args.steps + 1):
                 comm.Barrier()
@@ -179,7 +184,7 @@ def main() -> None:
     args = parser.parse_args()
 
     torch.set_num_threads(1)
-    os.environ.setdefault("HOROVOD_FUSION_THRESHOLD", str(128 * 2**20))  # Horovod's default
+    os.environ["HOROVOD_FUSION_THRESHOLD"] = "0"  # with HOROVOD_CYCLE_TIME set, too, Horovod starts only once
     import horovod.torch as hvd
 
     hvd.init(comm=comm)
@@ -187,18 +192,18 @@ def main() -> None:
     torch.distributed.init_process_group(
         "gloo", init_method=f"tcp://127.0.0.1:{port}", rank=comm.rank, world_size=comm.size
     )
-    makers: list[tuple[str, Callable[[GPT], Callable[..., None]], bool]] = [
-        ("no communication", alone, False),
-        ("DDP", ddp, False),
-        ("bare Horovod", bare_horovod, True),
-        ("harness, norm", ours(args.bucket[0], "stop"), True),
-        *((f"harness {mebibytes:g} MiB", ours(mebibytes), True) for mebibytes in args.bucket),
+    makers: list[tuple[str, Callable[[GPT], Callable[..., None]], int | None]] = [
+        ("no communication", alone, None),
+        ("DDP", ddp, None),
+        ("bare Horovod", bare_horovod, 128 * 2**20),
+        ("harness, norm", ours(args.bucket[0], "stop"), 0),
+        *((f"harness {mebibytes:g} MiB", ours(mebibytes), 0) for mebibytes in args.bucket),
     ]
     contenders = []
-    for name, make, horovod in makers:
+    for name, make, fusion in makers:
         if name not in args.without:
             torch.manual_seed(0)
-            contenders.append(Contender(name, GPT(*SIZES[args.model], args.tokens), make, horovod))
+            contenders.append(Contender(name, GPT(*SIZES[args.model], args.tokens), make, fusion))
     generator = torch.Generator().manual_seed(comm.rank)
     x, y = torch.randint(0, SIZES[args.model][0], (2, 1, args.tokens), generator=generator)
     measure(contenders, args, x, y)
