@@ -61,10 +61,15 @@ class BatchPlan:
 
 def plan_of(config: Config, ranks: int, *, uneven: bool = False) -> BatchPlan:
     """How so many ranks share the global batch of a config. Raises ConfigError, naming what would fit."""
+    if (servers := config.parallel.without_samples) >= ranks:
+        raise ConfigError(
+            f"{_count(ranks, 'rank')}, of which the parameter server takes {servers}: none is left to train",
+            hint=f"start at least {servers + 1} ranks, or set parallel.servers",
+        )
     return plan_batch(
         uneven=uneven or config.launch.elastic,
         global_batch=config.train.global_batch,
-        ranks=ranks,
+        ranks=ranks - servers,
         micro_batch=config.train.micro_batch,
         each=config.parallel.each,
     )

@@ -39,7 +39,8 @@ def evaluate(job: Job) -> dict[str, float]:
         speaks = job.world.groups.speaks  # all ranks of a replica have the same
         parts = job.world.comm.all_gather({"count": count if speaks else 0, "sums": mine if speaks else {}})
         means_of_all = combine(parts)
-        if job.world.replica == 0:  # all its ranks, as one alone cannot use a model that is cut over several
+        # all ranks of a replica, as one alone cannot use a model that is cut over several
+        if job.world.replica == 0 or job.world.is_root:
             means_of_all |= {name: float(x) for name, x in job.task.summarize(job.spread.whole, means_of_all).items()}
             if (text := job.task.report(job.spread.whole)) is not None:
                 job.sinks.say(text)

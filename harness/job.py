@@ -9,11 +9,13 @@ import math
 import os
 from collections.abc import Iterable
 from contextlib import AbstractContextManager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
+from torch.utils.data import Subset
 
 from harness.batch import BatchPlan, plan_of
 from harness.checkpoint import Manager, State
@@ -28,6 +30,8 @@ from harness.errors import ConfigError
 from harness.optim import make_optimizer, peak_lr
 from harness.order import Order
 from harness.parallel.local import LocalSteps
+from harness.parallel.rescue import rescue
+from harness.parallel.server import Server, Worker
 from harness.parallel.spread import Spread, make_model
 from harness.partition.file import read
 from harness.partition.order import PartOrder, check_partition
@@ -108,7 +112,9 @@ class Job:
         """Make the model's buffers the same on all ranks, as `checkpoint.buffers` says. Collective."""
         if self.config.checkpoint.buffers == "average":
             self.world.average_tensors(self.model.named_buffers(), f"{name}/average")
-        self.world.broadcast_tensors(self.model.named_buffers(), name)  # also those that have no mean
+        self.world.broadcast_tensors(
+            self.model.named_buffers(), name, root=self.world.servers
+        )  # also those that have no mean
 
     @property
     def sent(self) -> float:
@@ -168,6 +174,7 @@ def build(config: Config, run: RunDir, attempt: int, world: World, clock: Clock,
     world.broadcast_tensors(((name, x) for name, x in tensors.items() if name not in regions), "init")
     world.broadcast_tensors(((name, tensors[name]) for name in regions), "init/parts", world.groups.replicas)
     model.train()
+    serves = world.rank < world.servers
     order = make_order(config, samples, world.replicas)
     steps = total_steps(config, samples)
     stop = StopRequest(
@@ -177,7 +184,7 @@ def build(config: Config, run: RunDir, attempt: int, world: World, clock: Clock,
         margin=config.stop.margin,
     )
     sinks = open_sinks(config, run, attempt=attempt, world_size=world.size, steps=steps) if world.is_root else Sinks([])
-    return Job(
+    job = Job(
         config=config,
         run=run,
         world=world,
@@ -191,7 +198,7 @@ def build(config: Config, run: RunDir, attempt: int, world: World, clock: Clock,
         eval_batches=None
         if eval_data is None
         else EvalBatches(
-            eval_data,
+            Subset(eval_data, []) if serves else eval_data,
             replica=world.replica,
             replicas=world.replicas,
             batch=config.eval.batch or plan.micro_batch,
@@ -200,10 +207,12 @@ def build(config: Config, run: RunDir, attempt: int, world: World, clock: Clock,
             pin=world.device.type == "cuda",
         ),
         order=order,
-        plan=plan,
+        plan=replace(plan, passes=0) if serves else plan,
         spread=spread,
         steps=steps,
-        update=make_update(config, spread, task.parameters(model), plan, world, order, elastic=elastic is not None),
+        update=make_update(
+            config, spread, task.parameters(model), plan, world, order, stop, elastic=elastic is not None
+        ),
         ema=Ema(model, config.train.ema) if config.train.ema is not None else None,
         manager=Manager(
             run.checkpoints,
@@ -221,6 +230,9 @@ def build(config: Config, run: RunDir, attempt: int, world: World, clock: Clock,
         ),
         elastic=elastic,
     )
+    if isinstance(job.update, Server):
+        job.update.rescue = partial(rescue, job, job.update)
+    return job
 
 
 def make_update(
@@ -230,16 +242,16 @@ def make_update(
     plan: BatchPlan,
     world: World,
     order: Order | PartOrder,
+    stop: StopRequest,
     *,
     elastic: bool,
 ) -> Update:
     """The form of training: what ranks do with their gradients. Raises ConfigError."""
     model, replicas, parallel = spread.model, world.groups.replicas, config.parallel
-    if elastic and parallel.local:
+    if elastic and (parallel.local or parallel.strategy != "allreduce"):
         raise ConfigError(
-            "an elastic run cannot take local steps (parallel.average_every): what a lost rank has learned on its own"
-            " is lost with it",
-            hint="use parallel.average_every=1, or restarts instead of elastic ranks",
+            "an elastic run reduces gradients: parallel.average_every and parallel.strategy do not go with it",
+            hint="what a lost rank has learned or holds alone would be lost with it; use restarts instead",
         )
     common: dict[str, Any] = {
         "train": config.train,
@@ -257,6 +269,16 @@ def make_update(
             )
         sharded, parameters = shard(model, parameters, config.horovod, world.groups)
     optimizer = make_optimizer(parameters, config.optim, lr=peak_lr(config.optim, config.train.global_batch))
+    if parallel.strategy == "parameter_server":
+        if world.controller != "mpi":
+            raise ConfigError(
+                "parallel.strategy=parameter_server sends its messages over MPI, which is not there",
+                hint="start the run with mpirun or srun, not over Gloo or as a single process",
+            )
+        common |= {"servers": parallel.servers}
+        if world.rank >= parallel.servers:
+            return Worker(model, optimizer, **common)
+        return Server(model, optimizer, staleness=parallel.staleness, stopping=lambda: stop.flag, **common)
     if parallel.local:
         weight = order.weight(world.replica, world.replicas)
         every, outer = parallel.average_every, parallel.outer

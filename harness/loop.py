@@ -66,7 +66,7 @@ def train(job: Job) -> None:
                     job.ema.update()
             with job.clock("communication"):
                 job.update.share(step + 1)
-            meter.add(sum(losses[1:], losses[0]) / len(losses))
+            meter.add(losses)
             job.progress.step = done = step + 1
 
             if not result.finite:

@@ -6,7 +6,7 @@ What is not here: where the numbers go (`sinks/`).
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -45,14 +45,17 @@ class Meter:
 
     def __init__(self) -> None:
         self.loss: torch.Tensor | None = None
-        self.steps = 0
+        self.steps = self.counted = 0
         self.begin = time.perf_counter()
         self.sent = 0.0
 
-    def add(self, loss: torch.Tensor) -> None:
-        """The mean loss of one step's samples on this rank, a scalar."""
-        self.loss = loss.double() if self.loss is None else self.loss + loss
+    def add(self, losses: Sequence[torch.Tensor]) -> None:
+        """The mean losses of one step's micro batches on this rank, scalars; none on a rank without samples."""
         self.steps += 1
+        if losses:
+            loss = sum(losses[1:], losses[0]) / len(losses)
+            self.loss = loss.double() if self.loss is None else self.loss + loss
+            self.counted += 1
 
     def exchange(
         self, world: World, clock: Clock, *, sent: float, stop: bool, save: bool, announced: bool = False
@@ -64,12 +67,13 @@ class Meter:
         loss = float("nan") if self.loss is None else float(self.loss)
         taken = clock.take()
         steps = max(self.steps, 1)
-        told = [stop, save, announced, loss, self.steps, sent - self.sent]
+        told = [stop, save, announced, loss, self.counted, sent - self.sent]
         mine = [*told, *(taken.get(name, 0.0) for name in SECTIONS)]
         with clock("metrics"):
             table = world.exchange(mine, "log/interval")
         seconds = time.perf_counter() - self.begin
-        self.loss, self.steps, self.begin, self.sent = None, 0, time.perf_counter(), sent
+        self.loss, self.steps, self.counted = None, 0, 0
+        self.begin, self.sent = time.perf_counter(), sent
         return summarize(table, seconds, steps)
 
 
@@ -82,7 +86,7 @@ def summarize(table: np.ndarray, seconds: float, steps: int) -> Interval:
     own = times[:, [SECTIONS.index(name) for name in OWN_WORK]].sum(axis=1)
     mean = float(own.mean())
     return Interval(
-        loss=float(table[:, 3].mean() / steps),
+        loss=float(table[table[:, 4] > 0, 3].mean() / steps),
         seconds=seconds,
         sections={name: float(column.mean()) / steps for name, column in zip(SECTIONS, times.T, strict=True)},
         slowest=int(own.argmax()),

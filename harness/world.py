@@ -52,6 +52,8 @@ class World:
     """What Horovod negotiates over: "mpi", "gloo", or "none" for a single process."""
     groups: Groups = SINGLE
     """Whom this rank works with on what."""
+    servers: int = 0
+    """The first so many ranks take no samples (`parallel/server.py`)."""
 
     @property
     def is_root(self) -> bool:
@@ -59,13 +61,13 @@ class World:
 
     @property
     def replica(self) -> int:
-        """The number of this rank's replica, which takes samples of its own."""
-        return self.groups.place.replica
+        """The number of this rank's replica, which takes samples of its own; servers' numbers come after those."""
+        return (self.groups.place.replica - self.servers) % len(self.groups.grid.cells)
 
     @property
     def replicas(self) -> int:
         """Replicas in all."""
-        return len(self.groups.grid.cells)
+        return len(self.groups.grid.cells) - self.servers
 
     def exchange(self, values: Sequence[float], name: str) -> np.ndarray:
         """Every rank's values as float64 [size, len(values)]. Collective; one Horovod operation."""
@@ -192,6 +194,7 @@ def bring_up(
         comm=comm,
         controller="none" if alone else "mpi" if mpi is not None else "gloo",
         groups=form_groups(grid, environment.rank, sets, parallel.optimizer_shards),
+        servers=parallel.without_samples,
     )
 
 

@@ -57,6 +57,13 @@ class Plan:
         return replace(self, job=job, command=build(job, self.mpi))
 
 
+def _grace(config: Config) -> dict[str, str]:
+    """Where a worker dies, mpirun gives the others one second; parameter servers save their state first."""
+    if config.parallel.strategy != "parameter_server":
+        return {}
+    return {"OMPI_MCA_odls_base_sigkill_timeout": "20"}
+
+
 def make_plan(
     config: Config, arguments: Sequence[str], environ: Mapping[str, str] = os.environ, *, probe_srun: bool = True
 ) -> Plan:
@@ -99,7 +106,7 @@ def make_plan(
         elastic=elastic,
         horovodrun=_horovodrun(environ) if launcher == "horovodrun" else "horovodrun",
         flags=tuple(launch.mpi_flags),
-        env=dict(launch.env),
+        env={**_grace(config), **launch.env},
         export=tuple(launch.export),
         inherited=tuple(sorted(environ)),
     )

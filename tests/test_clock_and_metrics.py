@@ -40,6 +40,7 @@ def test_the_section_names_where_an_exception_came_from() -> None:
 def test_summary_of_three_ranks() -> None:
     table = np.zeros((3, 6 + len(SECTIONS)))
     table[:, 3] = [2.0, 4.0, 6.0]  # sums of losses over two steps
+    table[:, 4] = 2
     table[:, 6 + SECTIONS.index("data")] = [0.1, 0.1, 0.7]
     table[:, 6 + SECTIONS.index("communication")] = [0.9, 0.9, 0.3]  # waiting is not own work
     told = summarize(table, 1.5, 2)

@@ -12,6 +12,7 @@ from harness.config import Config
 RUN = {"name": "x", "task": {"name": "linear"}, "train": {"steps": 1, "global_batch": 8}}
 SHARDS = {"parallel": {"optimizer_shards": "all"}}
 LOCAL = {"parallel": {"average_every": 4}}
+SERVER = {"parallel": {"strategy": "parameter_server"}}
 FP16 = {"train": {"steps": 1, "global_batch": 8, "precision": "fp16", "ema": 0.9}}
 
 
@@ -23,6 +24,12 @@ FP16 = {"train": {"steps": 1, "global_batch": 8, "precision": "fp16", "ema": 0.9
         (LOCAL | FP16, "does not go with train.precision=fp16 and train.ema"),
         (LOCAL | {"checkpoint": {"mode": "lazy"}}, "does not go with checkpoint.mode=lazy"),
         ({"parallel": {"average_every": 4, "model": 2}}, "average_every takes whole models"),
+        (SERVER | {"horovod": {"op": "adasum"}}, "parameter_server has its own way .* does not go with horovod.op"),
+        (SERVER | {"train": RUN["train"] | {"clip_norm": 1.0}}, "does not go with train.clip_norm"),
+        (SERVER | {"optim": {"name": "mine:Muon"}}, "does not go with optim.name=mine:Muon"),
+        ({"parallel": {"strategy": "parameter_server", "model": 2}}, "parameter_server goes without"),
+        ({"parallel": {"staleness": 2}}, "servers and staleness need strategy"),
+        ({"parallel": {"strategy": "parameter_server", "staleness": -1}}, "staleness"),
         ({"parallel": {"outer": {}}}, "outer needs average_every"),
         ({"parallel": {"average_every": 4, "optimizer_shards": "node"}}, "average_every takes whole optimizers"),
         (SHARDS | {"horovod": {"op": "adasum"}}, "optimizer_shards=all cuts parameters .* with horovod.op=adasum"),

@@ -27,14 +27,26 @@ def check_parallel(config: Config) -> None:
                 "checkpoint.mode=lazy": config.checkpoint.mode == "lazy",
             },
         )
-    module, _, name = config.optim.name.rpartition(":")
-    known = not module or (module == "torch.optim" and name in ELEMENTWISE)
+    if config.parallel.strategy == "parameter_server":
+        _refuse(
+            "parallel.strategy=parameter_server has its own way to combine gradients, in slices",
+            {
+                "horovod.op": config.horovod.op != "average",
+                "horovod.compression": config.horovod.compression != "none",
+                "train.precision=fp16": config.train.precision == "fp16",
+                "train.ema": config.train.ema is not None,
+                "train.clip_norm": config.train.clip_norm is not None,
+                "train.clip_value": config.train.clip_value is not None,
+                "checkpoint.mode=lazy": config.checkpoint.mode == "lazy",
+                f"optim.name={config.optim.name}": not _elementwise(config.optim.name),
+            },
+        )
     if config.parallel.optimizer_shards != "none":
         _refuse(
             f"parallel.optimizer_shards={config.parallel.optimizer_shards} cuts parameters anywhere",
             {
                 "horovod.op=adasum": config.horovod.op == "adasum",
-                f"optim.name={config.optim.name}": not known,
+                f"optim.name={config.optim.name}": not _elementwise(config.optim.name),
             },
         )
     if config.parallel.each > 1:
@@ -44,9 +56,15 @@ def check_parallel(config: Config) -> None:
                 "horovod.op=adasum": config.horovod.op == "adasum",
                 "train.precision=fp16": config.train.precision == "fp16",
                 "launch.elastic": config.launch.elastic,
-                f"optim.name={config.optim.name}": not known,
+                f"optim.name={config.optim.name}": not _elementwise(config.optim.name),
             },
         )
+
+
+def _elementwise(optimizer: str) -> bool:
+    """Whether it treats every element alike, so that parameters can be cut anywhere."""
+    module, _, name = optimizer.rpartition(":")
+    return not module or (module == "torch.optim" and name in ELEMENTWISE)
 
 
 def _refuse(why: str, wrong: dict[str, bool]) -> None:

@@ -6,7 +6,7 @@ from typing import Literal
 
 from pydantic import model_validator
 
-from harness.section import Fraction, Positive, PositiveFloat, Section
+from harness.section import Count, Fraction, Positive, PositiveFloat, Section
 
 
 class Outer(Section):
@@ -36,6 +36,18 @@ class Parallel(Section):
     outer: Outer | None = None
     """How the mean moves the shared parameters, with `average_every`; unset: it replaces them."""
 
+    strategy: Literal["allreduce", "parameter_server"] = "allreduce"
+    """allreduce: ranks reduce their gradients; parameter_server: the first ranks hold the parameters, others push."""
+    servers: Positive = 1
+    """For parameter_server: so many ranks, each with an equal slice; they have no samples."""
+    staleness: Count | Literal["unbounded"] = 0
+    """For parameter_server: how many steps workers may be apart; 0: all wait for all, as with allreduce."""
+
+    @property
+    def without_samples(self) -> int:
+        """Ranks, the first ones, that take no samples."""
+        return self.servers if self.strategy == "parameter_server" else 0
+
     @property
     def each(self) -> int:
         """Ranks of a replica."""
@@ -56,4 +68,8 @@ class Parallel(Section):
             raise ValueError("average_every takes whole models: it does not go with model and pipeline")
         if self.optimizer_shards != "none" and self.each > 1:
             raise ValueError("optimizer_shards cuts whole parameters: it does not go with model and pipeline")
+        if self.strategy == "parameter_server" and (self.local or self.each > 1 or self.optimizer_shards != "none"):
+            raise ValueError("parameter_server goes without average_every, model, pipeline, optimizer_shards")
+        if self.strategy != "parameter_server" and (self.servers, self.staleness) != (1, 0):
+            raise ValueError("servers and staleness need strategy parameter_server")
         return self

@@ -84,7 +84,7 @@ def test_json_collectives(world: World) -> None:
 def test_an_interval_combines_all_ranks(world: World) -> None:
     meter, clock = Meter(), Clock()
     for step in range(3):
-        meter.add(torch.tensor(float(world.rank + step)))
+        meter.add([torch.tensor(float(world.rank + step))])
     clock.seconds["data"] = 3.0 if world.rank == world.size - 1 else 0.3
     interval = meter.exchange(
         world, clock, sent=100.0 * (world.rank + 1), stop=world.rank == world.size - 1, save=False
