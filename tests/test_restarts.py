@@ -70,7 +70,7 @@ def test_a_rank_that_hangs_is_found_and_the_run_ends_as_if_it_had_not(go: Go, tw
     run = go("--restarts", "2", "watchdog.data=5s", plan=[("data", "sleep", 7, 1), ("step", "stop", 2, 0)])
     code, said = run.wait()
     assert code == 0, said
-    stuck, stopped = run.ending(1), run.ending(1)
+    stuck, stopped = run.ending(1), run.ending(2)
     assert (stuck["kind"], stuck["rank"]) == ("hang", 1), said
     assert re.search(
         r"rank 1 of 2 on \S+ hangs: last seen in data at step 6 for .*, longer than watchdog.data \(5.0 s\) allows;"
