@@ -49,7 +49,7 @@ def show(resolved: Resolved, direct: Sequence[str], arguments: Sequence[str]) ->
     ranks = plan.job.ranks if plan is not None else config.launch.ranks or default_ranks(hosts.find(None, None, {}))
     _head(console, "batch")
     console.print(arithmetic(config, ranks))
-    if config.parallel.each > 1:
+    if config.parallel.each > 1 or config.parallel.without_samples:
         _head(console, "ranks")
         console.print(who_does_what(config, [name for name, slots in _placed(plan, ranks) for _ in range(slots)]))
     _head(console, "launch")
@@ -92,6 +92,7 @@ def arithmetic(config: Config, ranks: int) -> str:
 def who_does_what(config: Config, hosts: Sequence[str], most: int = 32) -> Table:
     """A row for each replica: where it is, and the ranks that make up its model. `hosts`: of every rank."""
     grid = arrange(hosts, model=config.parallel.model, pipeline=config.parallel.pipeline)
+    servers = config.parallel.without_samples
     table = Table(box=None, pad_edge=False, header_style="")
     table.add_column("replica", justify="right")
     table.add_column("host")
@@ -100,7 +101,8 @@ def who_does_what(config: Config, hosts: Sequence[str], most: int = 32) -> Table
         table.add_column(what if config.parallel.model == 1 else f"{what}, by part of its layers")
     for number, stages in list(enumerate(grid.cells))[:most]:
         on = list(dict.fromkeys(hosts[rank] for parts in stages for rank in parts))
-        table.add_row(str(number), " ".join(on), *(" ".join(map(str, parts)) for parts in stages))
+        name = str(number - servers) if number >= servers else f"server {number}"
+        table.add_row(name, " ".join(on), *(" ".join(map(str, parts)) for parts in stages))
     if len(grid.cells) > most:
         table.add_row("...", "", f"{len(grid.cells) - most} more replicas")
     return table

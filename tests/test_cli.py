@@ -131,6 +131,16 @@ def test_show_draws_which_rank_does_what(config: str, capsys) -> None:
     assert "3 ranks cannot be cut into replicas of 2 ranks" in err and "start 2 or 4 ranks" in err
 
 
+def test_show_draws_servers(config: str, capsys) -> None:
+    arguments = [config, "parallel.strategy=parameter_server", "parallel.servers=2", "-n", "4", "--launcher", "mpirun"]
+    code, out, _ = _ask(capsys, "show", *arguments)
+    assert code == 0 and "= 2 ranks x" in out
+    rows = [line.split() for line in out.splitlines()]
+    assert ["server", "0", "localhost", "0"] in rows and ["0", "localhost", "2"] in rows
+    code, _, err = _ask(capsys, "run", *arguments[:-4], "-n", "2", "--launcher", "mpirun")
+    assert code == 78 and "of which the parameter server takes 2: none is left to train" in err
+
+
 def test_the_config_that_is_shown_is_a_config(config: str, capsys) -> None:
     _, out, _ = _ask(capsys, "show", config)
     Path("again.yaml").write_text(out.partition("# config\n")[2].partition("\n# batch\n")[0])

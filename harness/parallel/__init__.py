@@ -7,6 +7,9 @@ reducer.py        gradients summed over ranks while others are still computed
 adasum.py         steps combined instead of gradients
 sharded.py        an optimizer whose state is cut over ranks
 local.py          ranks take steps of their own, then their parameters are averaged
+server.py         some ranks hold the parameters, the others push gradients and pull
+vector.py         parameters as vectors, cut into the servers' slices
+rescue.py         what servers save when a worker is lost
 tensor.py         layers cut over the ranks of a replica; collectives.py: what they send, with its gradient
 pipeline.py       layers on different ranks, a run of them each; wire.py: tensors from rank to rank
 spread.py         a task's model as the ranks of a replica share it
