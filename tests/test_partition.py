@@ -281,7 +281,7 @@ def test_a_rank_reads_its_parts_only(ranks: int) -> None:
     plan = plan_batch(global_batch=8, ranks=ranks, micro_batch=2)
     order = PartOrder(partition.ids(), batch=8, seed=3)
     for rank in range(ranks):
-        stream = train_batches(Numbers(), order, plan, rank=rank, start_step=0, stop_step=12, seed=0)
+        stream = train_batches(Numbers(), order, plan, replica=rank, start_step=0, stop_step=12, seed=0)
         seen = {int(sample) for batch in stream for sample in batch.data}
         mine = range(rank * 4 // ranks, (rank + 1) * 4 // ranks)
         assert seen == {int(sample) for part in mine for sample in partition.ids()[part]}
