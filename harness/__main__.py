@@ -99,7 +99,7 @@ class Rank:
         if self.environment.elastic:
             from harness.elastic import survive
 
-            survive(self.train)
+            survive(self.train, self.clock)
         else:
             self.train()
 

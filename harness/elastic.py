@@ -5,7 +5,7 @@ the ranks change, those that go on leave Horovod and join it again with the new 
 rank builds its job for the new number of ranks, as at a start, and takes the state from the memory of the rank that
 remembers the latest step. Each rank remembers the state every `log.every` steps. Nothing is read from disk.
 
-    survive(train)           # train(elastic) is called again and again, until it returns
+    survive(train, clock)    # train(elastic) is called again and again, until it returns
 
 horovodrun ends a worker that it does not want any more inside `hvd.init`, with SIGABRT. A world that nobody survives is
 started again from its newest checkpoint by `harness run`, like any other.
@@ -29,6 +29,9 @@ from horovod.common.exceptions import HorovodInternalError
 from harness.checkpoint.comm import Horovod
 from harness.checkpoint.memory import Memory, empty, outline, recall, remember
 from harness.checkpoint.state import State
+from harness.clock import Clock
+from harness.heartbeat import WAITING
+from harness.log import release
 from harness.world import World
 
 IN_VAIN = 3
@@ -87,8 +90,11 @@ class Elastic:
         return latest, rank
 
 
-def survive(train: Callable[[Elastic], None]) -> None:
-    """Call `train` until it returns. Raises what it raises, but for `RANKS_CHANGED`."""
+def survive(train: Callable[[Elastic], None], clock: Clock) -> None:
+    """Call `train` until it returns; in between the clock's section is WAITING.
+
+    Raises what `train` raises, but for `RANKS_CHANGED`.
+    """
     elastic = Elastic()
     notification_manager.init()
     notification_manager.register_listener(elastic)
@@ -106,6 +112,7 @@ def survive(train: Callable[[Elastic], None]) -> None:
                 raise
             why = "another rank is gone"
         print(f"{why}: waiting for horovodrun to say who goes on", flush=True)
+        clock.section = WAITING
         gc.collect()  # the job with its model; not in a handler, where the exception keeps them
         rejoin()
         elastic.announced = False
@@ -114,8 +121,10 @@ def survive(train: Callable[[Elastic], None]) -> None:
 def rejoin() -> None:
     """Leave Horovod, and join it with the ranks that go on and those that are new. Collective over all of them.
 
-    A worker that is not wanted any more ends here with SIGABRT, which is no crash: no stacks, no core file.
+    A worker that is not wanted any more ends here with SIGABRT, which is no crash: no stacks, no core file. What it
+    says then goes to horovodrun, so that `harness run` knows.
     """
+    release()
     hvd.shutdown()
     Horovod.begin_anew()
     cores = resource.getrlimit(resource.RLIMIT_CORE)

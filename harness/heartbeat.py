@@ -17,8 +17,11 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from harness.config import Watchdog
 
+WAITING = "waiting"
+"""The section of a rank of an elastic run that waits to be told who goes on."""
 LIMITS = {
     "start": "start",
+    WAITING: "start",
     "data": "data",
     "evaluation": "evaluation",
     "export": "evaluation",

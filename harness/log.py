@@ -68,9 +68,7 @@ def redirect(path: Path, *, console: bool) -> TextIO:
     if _console is None:
         _console = os.dup(1), os.dup(2), sys.stdout, sys.stderr
     else:
-        os.dup2(_console[0], 1)
-        os.dup2(_console[1], 2)
-        sys.stdout, sys.stderr = _console[2:]
+        release()
     if console:
         sys.stdout = Tee(sys.stdout, file)
         sys.stderr = Tee(sys.stderr, file)
@@ -78,3 +76,14 @@ def redirect(path: Path, *, console: bool) -> TextIO:
     os.dup2(file.fileno(), 1)
     os.dup2(file.fileno(), 2)
     return file
+
+
+def release() -> None:
+    """Let this process write where it wrote at first, until it is redirected again."""
+    if _console is None:
+        return
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os.dup2(_console[0], 1)
+    os.dup2(_console[1], 2)
+    sys.stdout, sys.stderr = _console[2:]

@@ -30,7 +30,7 @@ from typing import TYPE_CHECKING, TextIO
 from harness.clock import Clock
 from harness.env import Environment
 from harness.errors import Exit, StorageError
-from harness.heartbeat import LIMITS, Heartbeat, last_seen, limit, others
+from harness.heartbeat import LIMITS, WAITING, Heartbeat, last_seen, limit, others
 from harness.rundir import Attempt, write_json
 from harness.units import show_duration
 
@@ -39,7 +39,7 @@ if TYPE_CHECKING:
 
 STACKS = signal.SIGQUIT
 """Makes a rank write the stacks of its threads into its log, as it does to a Java program."""
-WAITING = ("horovod.torch.mpi_ops", "harness.world", "harness.checkpoint.comm", "harness.checkpoint.ballot")
+WAITS = ("horovod.torch.mpi_ops", "harness.world", "harness.checkpoint.comm", "harness.checkpoint.ballot")
 """Modules in which a rank waits for others."""
 LATE = 10.0
 """Seconds after which faulthandler's timer takes over from the thread, besides what that may take itself."""
@@ -114,7 +114,7 @@ class Watchdog:
     def _here(self, section: str, seconds: float) -> Heartbeat:
         me = self.environment
         self._beats += 1
-        waits = section == "communication" or self._is_waiting()
+        waits = section in ("communication", WAITING) or self._is_waiting()
         return Heartbeat(
             me.rank, me.size, me.host, os.getpid(), section, self.clock.step, round(seconds, 1), waits, self._beats
         )
@@ -122,7 +122,7 @@ class Watchdog:
     def _is_waiting(self) -> bool:
         frame = sys._current_frames().get(self._main or 0)
         while frame is not None:
-            if frame.f_globals.get("__name__") in WAITING:
+            if frame.f_globals.get("__name__") in WAITS:
                 return True
             frame = frame.f_back
         return False

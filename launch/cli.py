@@ -72,10 +72,10 @@ MinRanks = Annotated[
     int | None, typer.Option("--min-ranks", min=1, help="Go on with so many ranks at least where a host is gone.")
 ]
 Elastic = Annotated[bool, typer.Option("--elastic", help="Ranks come and go while it trains (horovodrun over Gloo).")]
-MaxRanks = Annotated[int | None, typer.Option("--max-ranks", min=1, help="Elastic: the most ranks.")]
+MaxRanks = Annotated[int | None, typer.Option("--max-ranks", min=1, help="With --elastic: the most ranks.")]
 Discover = Annotated[
     str | None,
-    typer.Option("--discover", metavar="COMMAND", help="Elastic: what prints hosts, as lines host:slots."),
+    typer.Option("--discover", metavar="COMMAND", help="With --elastic: what prints hosts, as lines host:slots."),
 ]
 Sites = Annotated[list[str] | None, typer.Option("--site", help="A site file of configs/sites, by name or path.")]
 
@@ -126,6 +126,7 @@ def run(
     values += [f"stop.time={time}"] if time is not None else []
     values += [f"restart.most={restarts}"] if restarts is not None else []
     settings = resolve(config, values, sites=site or []).config
+    _for_elastic(settings.launch.elastic, max_ranks, discover)
     if (why := nothing_left(RunDir(Path(settings.directory)), settings, follow_up=follow_up)) is not None:
         _tell(why)
         return 0
@@ -229,6 +230,7 @@ def show(
     values = [*(overrides or []), *_flags(ranks, hosts, hostfile, launcher), *going]
     sites = [word for name in site or [] for word in ("--site", name)]
     resolved = resolve(config, values, sites=site or [])
+    _for_elastic(resolved.config.launch.elastic, max_ranks, discover)
     # inside a job the job's own hosts count, so -H and --hostfile are for here only
     again = [str(config), *(overrides or []), *_flags(ranks, None, None, launcher), *going, *sites]
     show_all(resolved, [str(config), *values, *sites], again)
@@ -341,10 +343,19 @@ def _flags(ranks: int | None, hosts: str | None, hostfile: Path | None, launcher
 
 
 def _elastic(elastic: bool, least: int | None, most: int | None, discover: str | None) -> list[str]:
-    values = ["launch.elastic=true"] if elastic or most is not None or discover is not None else []
+    values = ["launch.elastic=true"] if elastic else []
     values += [f"restart.min_ranks={least}"] if least is not None else []
     values += [f"launch.max_ranks={most}"] if most is not None else []
     return values + ([f"launch.discover={discover}"] if discover is not None else [])
+
+
+def _for_elastic(elastic: bool, most: int | None, discover: str | None) -> None:
+    """Refuse flags that mean nothing to a run that is not elastic."""
+    from harness.errors import UsageError
+
+    given = [flag for flag, value in (("--max-ranks", most), ("--discover", discover)) if value is not None]
+    if given and not elastic:
+        raise UsageError(f"{' and '.join(given)}: for elastic runs only", hint="add --elastic")
 
 
 if __name__ == "__main__":

@@ -2,7 +2,8 @@
 
 mpirun answers every failed run with a screenful ("Primary job terminated normally, but ..."), which hides the cause.
 The noise is kept, not lost: where no rank left a report, it is all there is (`Parted.noise`). So are Horovod's stall
-messages (`Parted.stalls`), which the supervisor tells in its own words.
+messages (`Parted.stalls`), which the supervisor tells in its own words, and what horovodrun says of ranks that have
+ended (`Parted.ended`), which matters at once where the others go on.
 
     parted = Parted(errors=True)
     os.write(1, parted.feed(data))      # data as read from the launcher's stderr
@@ -28,8 +29,10 @@ _HYDRA = re.compile(  # Hydra says on stdout that ranks have ended badly
 _HOROVODRUN = re.compile(  # on either stream, about ranks that have ended; the shell tells of its own children
     rb"Process \d+ exit with status code \d+\.|Terminating remaining workers after failure|(WARNING|ERROR):root:"
     rb"|\[[^\]]{1,300}: E [^\]]{1,1000}\.cc:\d+\]|terminate called after throwing an instance of 'std::runtime_error'"
+    rb"|Process name: |Exit code: \d"
     rb"|  what\(\):  \S+ has been removed from elastic job|(Killed|Terminated|Aborted)( \(core dumped\))?\s*$"
 )
+_TRACE = re.compile(rb"Traceback \(most recent call last\):|Exception in thread ")
 _TAG = re.compile(rb"\[(?:\d+,)?\d+\]<std(?:out|err)>:?")  # horovodrun's, before every piece that a rank wrote
 _START = (b"---", b"===", b"=   ", b"[", b"srun:", b"slurmstepd", b"mpirun:", b"application", b"Abort(")
 _MOST = 60
@@ -41,12 +44,14 @@ class Parted:
 
     def __init__(self, *, errors: bool, tagged: bool = False) -> None:
         self.noise: deque[str] = deque(maxlen=200)
+        self.ended: deque[str] = deque(maxlen=10_000)
         self.stalls = Stalls()
         self._errors = errors
         self._tagged = tagged
         self._rest = b""
         self._begun = False  # the first part of the current line has been passed on already
         self._block: list[bytes] | None = None
+        self._trace = False  # within a traceback of horovodrun itself
 
     def feed(self, data: bytes) -> bytes:
         """Take what was read; give what a user should see of it. Complete lines only; see `idle`."""
@@ -75,6 +80,9 @@ class Parted:
         return shown
 
     def _line(self, line: bytes) -> bytes:
+        if self._tagged and self._errors and not self._begun and self._of_horovodrun(line):
+            self._keep([line])
+            return b""
         line = self._untagged(line)
         if self._begun:
             self._begun = False
@@ -95,14 +103,23 @@ class Parted:
             return b""
         if (_LINE if self._errors else _HYDRA).match(line) or (self._tagged and _HOROVODRUN.match(line)):
             self._keep([line])
+            if self._tagged and _HOROVODRUN.match(line):
+                self.ended.append(self.noise[-1])
             return b""
         return line
+
+    def _of_horovodrun(self, line: bytes) -> bool:
+        """Whether it belongs to a traceback of horovodrun: what ranks write has a tag."""
+        if _TAG.match(line):
+            return False
+        within, self._trace = self._trace, bool(_TRACE.match(line)) or (self._trace and line[:1] in (b" ", b"\n"))
+        return within or self._trace or line == b"\n"
 
     def _untagged(self, line: bytes) -> bytes:
         return _TAG.sub(b"", line) if self._tagged else line
 
     def _may_be_noise(self, line: bytes) -> bool:
-        return line.startswith(_START if self._errors or self._tagged else (b"===", b"=   "))
+        return self._tagged or line.startswith(_START if self._errors else (b"===", b"=   "))
 
     def _keep(self, lines: list[bytes]) -> None:
         for line in lines:

@@ -18,7 +18,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
 
-from harness.errors import ConfigError, InputMissing, Unavailable
+from harness.errors import ConfigError, InputMissing, Unavailable, UsageError
 from launch.nodelist import (
     MAX_TEXT,
     Host,
@@ -94,7 +94,8 @@ def find(hosts: str | None, hostfile: str | None, environ: Mapping[str, str] = o
 
 
 def place(allocation: Allocation, ranks: int) -> Placement:
-    """Fill hosts in their order. Raises Unavailable when there are more ranks than slots.
+    """Fill hosts in their order. Raises when there are more ranks than slots: UsageError for hosts that were given,
+    Unavailable for those of a job or this machine.
 
     This machine alone may be oversubscribed, up to eight ranks per core, so that four ranks can be tried on two cores.
     """
@@ -112,7 +113,7 @@ def place(allocation: Allocation, ranks: int) -> Placement:
             return Placement(hosts, ranks > allocation.cores, note)
         return Placement(hosts, ranks > allocation.cores)
     if ranks > allocation.slots:
-        raise Unavailable(
+        raise (UsageError if allocation.kind == "given" else Unavailable)(
             f"{ranks} ranks are more than the {_count(allocation.slots, 'slot')} of {allocation.source}"
             f" ({shorten(show(allocation.hosts))})",
             hint=f"use -n {allocation.slots} at most, or more slots"

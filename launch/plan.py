@@ -19,11 +19,12 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from harness.errors import ConfigError, Unavailable
+from harness.errors import ConfigError, Unavailable, UsageError
 from harness.rundir import RunDir
 from launch import hosts as hosts_module
 from launch import mpi as mpi_module
 from launch.command import Command, Elastic, Job, Launcher, build
+from launch.discovery import try_discovery
 from launch.hosts import Allocation, Placement
 from launch.mpi import Mpi
 from launch.nodelist import Host
@@ -65,11 +66,11 @@ def _grace(config: Config) -> dict[str, str]:
 
 
 def make_plan(
-    config: Config, arguments: Sequence[str], environ: Mapping[str, str] = os.environ, *, probe_srun: bool = True
+    config: Config, arguments: Sequence[str], environ: Mapping[str, str] = os.environ, *, probe: bool = True
 ) -> Plan:
     """Decide everything about a start of `python -m harness *arguments`.
 
-    `probe_srun=False` looks at Slurm without starting a job step.
+    `probe=False` tries nothing out: neither srun, by a job step, nor the command that tells an elastic run its hosts.
     Raises ConfigError, InputMissing, UsageError or Unavailable: more ranks than slots, no MPI, a bad list of hosts.
     """
     launch = config.launch
@@ -78,6 +79,11 @@ def make_plan(
             raise ConfigError(f"launch.env: {name!r} is no name of an environment variable")
     allocation = hosts_module.find(launch.hosts, launch.hostfile, environ)
     ranks = launch.ranks or default_ranks(allocation)
+    if not launch.elastic and launch.ranks and (config.restart.min_ranks or 1) > ranks:
+        raise UsageError(
+            f"restart.min_ranks (--min-ranks) is {config.restart.min_ranks}, more than the {ranks} ranks of the start",
+            hint="it is how few may go on where a host is gone",
+        )
     elastic = _elastic(config, ranks) if launch.elastic else None
     if elastic is None and (launch.max_ranks, launch.discover) != (None, None):
         raise ConfigError("launch.max_ranks and launch.discover go with launch.elastic=true only")
@@ -85,7 +91,7 @@ def make_plan(
         allocation = Allocation("given", launch.discover, (Host(UNKNOWN, ranks),), cores=allocation.cores)
     placement = hosts_module.place(allocation, ranks)
     wanted = launch.launcher if elastic is None else "horovodrun"
-    launcher, mpi = choose(wanted, config.slurm.mpi, allocation, environ, probe_srun)
+    launcher, mpi = choose(wanted, config.slurm.mpi, allocation, environ, probe)
     gloo = launcher == "horovodrun" and (mpi is None or elastic is not None or _wants_gloo({**environ, **launch.env}))
     cores = config.slurm.cpus_per_rank or cores_per_rank(allocation, placement, environ)
     given = environ.get("OMP_NUM_THREADS", "")
@@ -111,6 +117,8 @@ def make_plan(
         inherited=tuple(sorted(environ)),
     )
     notes = [placement.note] if placement.note else []
+    if probe and launch.discover is not None and (note := try_discovery(launch.discover, ranks, environ)) is not None:
+        notes.append(note)
     if gloo and launch.mpi_flags:
         notes.append("launch.mpi_flags are not used: horovodrun starts the ranks without MPI")
     hosts = None
@@ -133,7 +141,7 @@ def _elastic(config: Config, ranks: int) -> Elastic:
         )
     least, most = config.restart.min_ranks or 1, config.launch.max_ranks or ranks
     if not least <= ranks <= most:
-        raise ConfigError(
+        raise UsageError(
             f"an elastic run of {least} to {most} ranks cannot start with {ranks}",
             hint="-n is between --min-ranks and --max-ranks",
         )
@@ -149,7 +157,7 @@ def default_ranks(allocation: Allocation) -> int:
 
 
 def choose(
-    wanted: str, slurm_mpi: str, allocation: Allocation, environ: Mapping[str, str], probe_srun: bool
+    wanted: str, slurm_mpi: str, allocation: Allocation, environ: Mapping[str, str], probe: bool
 ) -> tuple[Launcher, Mpi | None]:
     """The launcher and the MPI on PATH. Raises Unavailable when what it needs is not there."""
     if wanted == "local":
@@ -157,6 +165,8 @@ def choose(
     if wanted == "srun":
         if shutil.which("srun", path=environ.get("PATH")) is None:
             raise Unavailable("there is no srun on PATH", hint="load Slurm's module, or use --launcher mpirun")
+        if probe and allocation.kind != "slurm":
+            _ask_slurm(environ)
         return "srun", _maybe_mpi(environ)
     if wanted == "horovodrun":
         return "horovodrun", _maybe_mpi(environ)
@@ -165,7 +175,7 @@ def choose(
     fits = wanted == "auto" and allocation.kind == "slurm" and (mpi is None or mpi.family == "openmpi")
     if mpi is not None and _in_step(environ):
         fits = False
-    if fits and _srun_starts(slurm_mpi, environ, probe_srun):
+    if fits and _srun_starts(slurm_mpi, environ, probe):
         return "srun", mpi
     return "mpirun", mpi if mpi is not None else mpi_module.find(environ)
 
@@ -209,6 +219,26 @@ def _in_step(environ: Mapping[str, str]) -> bool:
     """
     step = environ.get("SLURM_STEP_ID", "")
     return step.isdecimal() and len(step) < 10
+
+
+def _ask_slurm(environ: Mapping[str, str]) -> None:
+    """Raises Unavailable where no controller answers: srun would fail, or ask again for minutes."""
+    tool = shutil.which("sinfo", path=environ.get("PATH"))
+    if tool is None:
+        return
+    try:
+        done = subprocess.run(
+            [tool, "--noheader"], capture_output=True, text=True, timeout=30, env=dict(environ), check=False
+        )
+    except (OSError, subprocess.TimeoutExpired):
+        why = "sinfo gave no answer within 30 s"
+    else:
+        if not done.returncode:
+            return
+        why = (done.stderr.strip().splitlines() or [f"sinfo ended with code {done.returncode}"])[-1]
+    raise Unavailable(
+        f"srun cannot start ranks: no Slurm answers here ({why[:200]})", hint="use --launcher mpirun, or a login node"
+    )
 
 
 def _srun_starts(kind: str, environ: Mapping[str, str], probe: bool) -> bool:

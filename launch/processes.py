@@ -36,6 +36,11 @@ def ranks(program: Sequence[str], run_id: str) -> set[int]:
     return {pid for pid in running if _parent(pid) not in running}
 
 
+def runs(pid: int) -> bool:
+    """Whether there is such a process on this machine; a zombie is none."""
+    return bool(_words(pid, "cmdline"))
+
+
 def stopped(pid: int) -> bool:
     """Whether a process of this machine is stopped, by SIGSTOP or a debugger."""
     try:

@@ -42,7 +42,8 @@ _LOST = (  # words of Open MPI, Slurm and Hydra for a host that is gone; the gro
     re.compile(r"ORTE (?:has lost communication with a remote daemon|was unable to reliably start)()"),
     re.compile(r"(?i)srun: error: (?:Node failure|.*lost (?:node|connection to) (\S+))"),
 )
-_HOROVODRUN = re.compile(r"Process (\d+) exit with status code (\d+)\.")
+ENDED = re.compile(r"Process (\d{1,9}) exit with status code (\d{1,3})\.")
+"""What horovodrun says of a rank, by the number it began with, and its code as a shell gives it."""
 _MEMORY = re.compile(r"(?i)oom[-_ ]kill|out[ -]of[ -]memory")
 _MOST = 20_000
 
@@ -126,7 +127,7 @@ def _judge(
         return Ending(_code(cause), "failed", _told(cause, len(errors)), _number(cause.get("rank")), kind)
     state = own.get("state")
     if state in ("finished", "stopped"):
-        ended = {int(found[2]) for line in noise if (found := _HOROVODRUN.match(line))}  # its own code is then 1
+        ended = {int(found[2]) for line in noise if (found := ENDED.match(line))}  # its own code is then 1
         well = code in (0, Exit.STOPPED) or Exit.STOPPED in ended
         late = "" if well else f"note: the ranks ended with code {code} after the run had {state}"
         if state == "finished":
@@ -218,13 +219,13 @@ def _silent(
         if match := _SIGNALLED.search(line):
             rank, number = int(match[1]), int(match[3])
             kind, why = killed(number)
-            text = f"error: rank {rank} on {match[2]} was ended by {_signal(number)}{where(rank)}"
+            text = f"error: rank {rank} on {match[2]} was ended by {signal_name(number)}{where(rank)}"
             return Ending(code, "failed", text + why, rank, kind)
         if match := _SRUN.match(line):  # its own code is that of the ranks it then killed; the first is the cause
             rank, number = int(match[2]), _SIGNAL_NAMES.get(match[4], 0)
             if number:
                 kind, why = killed(number)
-                text = f"error: rank {rank} on {match[1]} was ended by {_signal(number)}{where(rank)}"
+                text = f"error: rank {rank} on {match[1]} was ended by {signal_name(number)}{where(rank)}"
                 return Ending(128 + number, "failed", text + why, rank, kind)
             if match[4] and _MEMORY.search(match[4]):
                 text = f"error: rank {rank} on {match[1]} was ended for lack of memory{where(rank)}"
@@ -235,19 +236,19 @@ def _silent(
                 return Ending(code, "failed", f"{text} and left no error report", rank, _kind_of_code(code))
         if match := _HYDRA.search(line):  # MPICH's launcher then returns the bare number of the signal
             returncode = code = 128 + int(match[1])
-    ended = [found for line in noise if (found := _HOROVODRUN.match(line)) and found[2] != "0"]
+    ended = [found for line in noise if (found := ENDED.match(line)) and found[2] != "0"]
     if ended:  # the first one has ended the others, but for an elastic run, which has survived all but the last
         rank, code = int(ended[-1 if elastic else 0][1]), int(ended[-1 if elastic else 0][2])
         kind, why = killed(code - 128) if code > 128 else (_kind_of_code(code), " and left no error report")
         host = f" on {heartbeats[rank].host}" if rank in heartbeats else ""
-        how = f"was ended by {_signal(code - 128)}" if code > 128 else f"ended with code {code}"
+        how = f"was ended by {signal_name(code - 128)}" if code > 128 else f"ended with code {code}"
         return Ending(code, "failed", f"error: rank {rank}{host} {how}{where(rank)}{why}", rank, kind)
     kind = _kind_of_code(code)
     if returncode < 0:
-        head = f"error: the launcher was ended by {_signal(-returncode)}{where()}{_reason(-returncode)}"
+        head = f"error: the launcher was ended by {signal_name(-returncode)}{where()}{_reason(-returncode)}"
     elif code > 128:
         kind, why = killed(code - 128)
-        head = f"error: the ranks were ended by {_signal(code - 128)}{where()}{why}"
+        head = f"error: the ranks were ended by {signal_name(code - 128)}{where()}{why}"
     else:
         head = f"error: the ranks ended with code {code}{where()}; none of them left an error report"
     said = [f"  | {line}" for line in noise[-20:]]
@@ -274,7 +275,7 @@ def _reason(number: int) -> str:
     return ""
 
 
-def _signal(number: int) -> str:
+def signal_name(number: int) -> str:
     try:
         return signal.Signals(number).name
     except ValueError:

@@ -152,7 +152,7 @@ def _paths(lines: Sequence[str]) -> Iterator[str | None]:
 
 def _plan(config: Config, direct: Sequence[str]) -> tuple[Plan | None, str]:
     try:
-        return make_plan(config, direct, probe_srun=False), ""
+        return make_plan(config, direct, probe=False), ""
     except Unavailable as error:
         return None, str(error)
     except HarnessError:

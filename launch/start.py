@@ -133,7 +133,7 @@ def _once(plan: Plan, run: RunDir, config: Config, requests: Requests, back_to: 
         run_id=run_id,
         requests=requests,
         settings=config.watchdog,
-        elastic=plan.job.elastic is not None,
+        least=plan.job.elastic.least if plan.job.elastic is not None else None,
     )
     return attempt, ending
 
@@ -188,8 +188,8 @@ def _record(run: RunDir, tried: Tried, *, again: bool) -> None:
     }
     try:
         write_json(run.attempt(tried.number).ending, told)
-        if ending.state == "failed":
-            changes = {"state": "failed", "summary": ending.cause, "attempt": tried.number, "time": time.time()}
+        if ending.state == "failed" or ending.state != run.read_status().get("state"):
+            changes = {"state": ending.state, "summary": ending.cause, "attempt": tried.number, "time": time.time()}
             write_json(run.status, run.read_status() | changes)
     except StorageError as error:  # the report matters more
         print(f"note: {error}", file=sys.stderr, flush=True)

@@ -30,6 +30,7 @@ from harness.rundir import Attempt, RunDir, storage_errors
 from launch import processes
 from launch.command import Command
 from launch.console import Parted
+from launch.losses import Losses
 from launch.report import Ending, judge
 from launch.stall import Stall, Told, explain, where_to_look
 from launch.stop import BY_SIGNAL
@@ -74,13 +75,14 @@ def supervise(
     run_id: str,
     requests: Requests,
     settings: Watchdog,
-    elastic: bool = False,
+    least: int | None = None,
 ) -> Ending:
     """Run a command to its end, print what there is to say, and return how it ended.
 
     `requests` are those of `handling`, which the caller is in. No process of the start is left on this machine,
-    whatever happens. Raises Unavailable when the command cannot be started, StorageError when its log cannot be
-    written.
+    whatever happens. `least`: it is an elastic run, of so many ranks at least.
+
+    Raises Unavailable when the command cannot be started, StorageError when its log cannot be written.
     """
     environment = os.environ | command.env | {processes.RUN_ID: run_id}
     memory = oom_kills()
@@ -101,9 +103,10 @@ def supervise(
             raise Unavailable(f"{command.argv[0]} cannot be started: {error.strerror}", hint="harness check") from error
         tagged = Path(command.argv[0]).name == "horovodrun"
         streams = _Streams(process, log, tagged)
-        watch = Watch(run, attempt, program, run_id, settings, elastic)
+        watch = Watch(run, attempt, program, run_id, settings, least is not None)
+        losses = Losses(attempt, least) if least is not None else None
         try:
-            killed = _follow(process, streams, watch, requests, run, run_id)
+            killed = _follow(process, streams, watch, losses, requests, run, run_id)
             if (process.returncode or 0) < 0:  # killed; TERM would ask its ranks to save and stop, which nobody wants
                 processes.kill(process.pid, run_id)
             processes.end(process.pid, run_id, grace=GRACE)
@@ -114,6 +117,9 @@ def supervise(
                 process.wait(timeout=10)
     if killed == "interrupted":
         return Ending(Exit.INTERRUPTED, "failed", "ended at once", kind="interrupted")
+    if killed == "stopped":
+        text = "stopped while it waited for more ranks; what they did after the last checkpoint was in memory only"
+        return Ending(Exit.STOPPED, "stopped", text, kind="stopped")
     return judge(
         attempt.errors(),
         run.read_status(),
@@ -124,7 +130,7 @@ def supervise(
         hang=watch.hang,
         heartbeats=attempt.heartbeats(),
         memory=oom_kills() > memory,
-        elastic=elastic,
+        elastic=least is not None,
         stall=streams.stall(),
     )
 
@@ -133,6 +139,7 @@ def _follow(
     process: subprocess.Popen[bytes],
     streams: _Streams,
     watch: Watch,
+    losses: Losses | None,
     requests: Requests,
     run: RunDir,
     run_id: str,
@@ -144,6 +151,14 @@ def _follow(
         if (stall := streams.stall()) is not None and stalls.is_news(stall, time.monotonic()):
             beats = watch.attempt.heartbeats()
             say("\n  ".join(filter(None, [f"warning: {explain(stall, beats)}", where_to_look(stall, beats)])))
+        if losses is not None:
+            for text in losses.hear(streams.ended(), watch.pulse.last.values()):
+                say(text)
+            wanted = requests.asked or requests.interrupts + requests.stops
+            if losses.waiting() and (wanted or run.stop.exists()):  # nobody trains who could save and stop
+                requests.asked = True
+                processes.end(process.pid, run_id, grace=GRACE)
+                return "stopped"
         if requests.interrupts + requests.stops and not requests.asked:
             requests.asked = True
             _ask_to_stop(run, requests.first, "Ctrl-C again ends now" if requests.interrupts else "SIGINT ends now")
@@ -232,6 +247,10 @@ class _Streams:
     def stall(self) -> Stall | None:
         """The last that Horovod said of operations that only some ranks have come to."""
         return next((parted.stalls.last for parted, _ in self._parts if parted.stalls.last is not None), None)
+
+    def ended(self) -> list[str]:
+        """What horovodrun has said of ranks that have ended since it was last asked for."""
+        return [parted.ended.popleft() for parted, _ in self._parts for _ in range(len(parted.ended))]
 
     def noise(self) -> list[str]:
         return [line for parted, _ in self._parts for line in parted.noise]

@@ -135,3 +135,28 @@ def test_what_horovodrun_says_of_ranks_that_have_ended_is_kept_not_shown() -> No
         assert shown + parted.close() == b"Killed 3 bugs\n"
         assert "Process 1 exit with status code 137." in parted.noise and len(parted.noise) == len(said)
     assert Parted(errors=True).feed(b"Killed\n") == b"Killed\n", "another launcher's ranks may say so"
+
+
+def test_a_traceback_of_horovodrun_is_kept_not_shown_and_one_of_a_rank_is_shown() -> None:
+    own = (
+        b"Traceback (most recent call last):\n"
+        b'  File "/env/bin/horovodrun", line 6, in <module>\n    sys.exit(run_commandline())\n'
+        b"RuntimeError: Horovod detected that one or more processes exited with non-zero status. The first was:\n"
+        b"Process name: 127.0.0.1[0]\nExit code: 75\n\n"
+    )
+    of_rank = b"".join(
+        b"[0]<stderr>:" + line + b"\n" for line in (b"Traceback (most recent call last):", b'  File "x"', b"", b"E: y")
+    )
+    thread = b"Exception in thread Thread-1:\n" + own
+    for size in (1, 50, 10**6):
+        parted = Parted(errors=True, tagged=True)
+        shown = _through(parted, own + of_rank + b"horovodrun: wrong\n" + thread, size)
+        assert shown == of_rank.replace(b"[0]<stderr>:", b"") + b"horovodrun: wrong\n"
+        assert list(parted.noise).count("Exit code: 75") == 2
+    assert Parted(errors=True).feed(own) == own, "another launcher has no such thing"
+
+
+def test_what_horovodrun_says_of_ranks_can_be_taken_at_once() -> None:
+    parted = Parted(errors=False, tagged=True)
+    parted.feed(b"[1]<stdout>:step 5\nProcess 1 exit with status code 137.\n")
+    assert list(parted.ended) == ["Process 1 exit with status code 137."]

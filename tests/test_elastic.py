@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import sys
 import time
@@ -118,6 +119,7 @@ def test_a_rank_is_killed_and_comes_back_and_is_taken_away(launch: Callable[...,
     run.until(lambda: run.said.count("2 ranks on 2 hosts") == 2)
     assert run.said.count("1 rank on 1 host") == 1, "in between the other went on alone"
     assert "resumed from step 20 in the memory of rank 0" in run.said
+    assert re.search(r"\nrank 0 of 2 on \S+ was ended by SIGKILL, .*; the other goes on from memory\n", run.said)
     assert not list(run.dir.checkpoints.glob("step-*")), "nothing has ever been written to a disk"
 
     stays = run.attempt().heartbeats()[0].host
@@ -161,6 +163,21 @@ def test_when_all_ranks_fail_the_newest_checkpoint_counts_and_a_stop_stops(launc
     assert "ValueError: label 17 is out of range" in run.said
     assert "restart 1 of 1 without progress" in run.said
     assert stopped["kind"] == "stopped" and "go on with: harness run" in run.said
+    assert "Horovod detected" not in run.said, "that is not for a person"
+    assert "Horovod detected" in (run.attempt(2).root / "launcher.log").read_text()
+
+
+@pytest.mark.mpi
+@pytest.mark.timeout(600)
+def test_a_run_that_waits_for_more_ranks_can_be_stopped(launch: Callable[..., Run]) -> None:
+    run = launch("--min-ranks", "2", "checkpoint.every=5", "checkpoint.mode=wait", "restart.backoff=300")
+    run.until(lambda: "the other waits until there are 2 ranks again" in run.said)
+    run.dir.stop.touch()
+    assert run.wait() == 75, run.said
+    assert "stopped while it waited for more ranks" in run.said
+    assert "the state of step 20 is saved; go on with: harness run" in run.said
+    assert (run.ending()["kind"], run.ending()["state"]) == ("stopped", "stopped")
+    assert json.loads(run.dir.status.read_text())["state"] == "stopped"
 
 
 @pytest.mark.parametrize("ranks", [1, 2, 3, 7])

@@ -11,7 +11,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from harness.errors import ConfigError, InputMissing, Unavailable
+from harness.errors import ConfigError, InputMissing, Unavailable, UsageError
 from launch import hosts
 from launch.hosts import Allocation, find, place
 from launch.nodelist import (
@@ -239,7 +239,7 @@ def test_cores_follow_the_affinity_mask() -> None:
 
 def test_more_ranks_than_slots_names_both() -> None:
     given_hosts = Allocation("given", "-H a:2,b:1", parse_hosts("a:2,b:1"))
-    with pytest.raises(Unavailable, match=r"5 ranks are more than the 3 slots of -H a:2,b:1"):
+    with pytest.raises(UsageError, match=r"5 ranks are more than the 3 slots of -H a:2,b:1"):
         place(given_hosts, 5)
     job = Allocation("slurm", "the Slurm job 12", parse_hosts("n1:2"))
     with pytest.raises(Unavailable, match=r"3 ranks .* 2 slots of the Slurm job 12"):
@@ -260,7 +260,7 @@ def test_this_machine_may_be_oversubscribed_within_bounds() -> None:
 def test_ranks_fill_hosts_in_order(slots: list[int], ranks: int) -> None:
     allocation = Allocation("given", "x", tuple(Host(f"h{index}", count) for index, count in enumerate(slots)))
     if ranks > sum(slots):
-        with pytest.raises(Unavailable):
+        with pytest.raises(UsageError):
             place(allocation, ranks)
         return
     placed = place(allocation, ranks).hosts

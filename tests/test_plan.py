@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from harness.config import Config, Horovod, Restart
-from harness.errors import ConfigError, Unavailable, UsageError
+from harness.errors import ConfigError, InputMissing, Unavailable, UsageError
 from harness.parallel.settings import Parallel
 from launch import hosts
 from launch.command import Elastic
@@ -89,9 +89,9 @@ def test_no_srun_inside_a_step_which_would_wait_for_that_steps_cores(path) -> No
 def test_show_asks_srun_for_its_list_only(path) -> None:
     srun = 'case "$1" in --mpi=list) echo pmix;; *) : > "$0.started";; esac'
     environ = path(mpirun=OPEN_MPI, srun=srun) | JOB
-    assert make_plan(_config(), [], environ, probe_srun=False).job.launcher == "srun"
+    assert make_plan(_config(), [], environ, probe=False).job.launcher == "srun"
     assert not Path(environ["PATH"], "srun.started").exists()
-    assert make_plan(_config(slurm={"mpi": "pmi7"}), [], environ, probe_srun=False).job.launcher == "mpirun"
+    assert make_plan(_config(slurm={"mpi": "pmi7"}), [], environ, probe=False).job.launcher == "mpirun"
 
 
 def test_what_is_missing_is_named(path) -> None:
@@ -168,7 +168,7 @@ def test_an_elastic_run_asks_a_file_for_its_hosts(path) -> None:
 
 
 def test_an_elastic_run_asks_a_command_for_its_hosts(path) -> None:
-    plan = make_plan(_elastic(ranks=3, max_ranks=8, discover="./who --is there"), [], path())
+    plan = make_plan(_elastic(ranks=3, max_ranks=8, discover="./who --is there"), [], path(), probe=False)
     assert plan.hosts is None and plan.job.elastic is not None
     assert plan.job.elastic.discover == "./who --is there"
     assert "--network-interfaces" not in plan.command.argv, "nobody knows the hosts yet"
@@ -183,7 +183,7 @@ def test_an_elastic_run_asks_a_command_for_its_hosts(path) -> None:
     ],
 )
 def test_elastic_runs_that_cannot_be(path, launch: dict[str, Any], told: str) -> None:
-    with pytest.raises(ConfigError, match=told):
+    with pytest.raises(UsageError if "ranks" in launch else ConfigError, match=told):
         make_plan(_elastic(**launch), [], path(mpirun=OPEN_MPI))
 
 
@@ -203,3 +203,46 @@ def test_settings_of_elastic_runs_go_with_elastic_runs(path) -> None:
     for more in ({"max_ranks": 4}, {"discover": "./who"}):
         with pytest.raises(ConfigError, match=r"go with launch\.elastic=true only"):
             make_plan(_config(**more), [], path(mpirun=OPEN_MPI))
+
+
+def test_no_more_ranks_at_least_than_there_are(path) -> None:
+    config = _config(ranks=2).model_copy(update={"restart": Restart(min_ranks=5)})
+    with pytest.raises(UsageError, match="is 5, more than the 2 ranks of the start"):
+        make_plan(config, [], path(mpirun=OPEN_MPI))
+
+
+def test_srun_where_no_slurm_answers(path) -> None:
+    config = _config(launcher="srun", ranks=1)
+    environ = path(mpirun=OPEN_MPI, srun="exit 0", sinfo="echo 'sinfo: error: no controller' >&2; exit 1")
+    with pytest.raises(Unavailable, match=r"no Slurm answers here \(sinfo: error: no controller\)"):
+        make_plan(config, [], environ)
+    assert make_plan(config, [], environ, probe=False).job.launcher == "srun", "a plan may be shown anywhere"
+    assert make_plan(config, [], environ | JOB).job.launcher == "srun", "inside a job"
+    assert make_plan(config, [], path(sinfo="exit 0")).job.launcher == "srun"
+
+
+@pytest.mark.parametrize(
+    ("body", "error", "told"),
+    [
+        (None, InputMissing, "is missing or not executable: .*not found"),
+        ("exit 3", Unavailable, "failed with code 3"),
+        ("echo why >&2; exit 1", Unavailable, "failed with code 1: why"),
+        ("echo a:2; echo b", Unavailable, "does not print hosts: 'b' names no slots"),
+        ("echo 'hello world:1'", Unavailable, "does not print hosts: 'hello world:1' is not a host"),
+    ],
+)
+def test_a_discovery_command_is_tried_at_the_start(path, body: str | None, error: type[Exception], told: str) -> None:
+    environ = path(**({"who": body} if body is not None else {})) | {"HOME": "/"}
+    config = _elastic(ranks=2, discover=f"{environ['PATH']}/who")
+    with pytest.raises(error, match=told):
+        make_plan(config, [], environ)
+
+
+def test_a_discovery_command_that_lists_few_hosts_yet_is_waited_for(path) -> None:
+    environ = path(who="echo a:2; echo b:1")
+    assert make_plan(_elastic(ranks=3, discover="who"), [], environ).notes == ()
+    (note,) = make_plan(_elastic(ranks=4, discover="who"), [], environ).notes
+    assert note == "the discovery command who lists 3 slots now: horovodrun waits until there are 4"
+    Path(environ["PATH"], "who").chmod(0o644)
+    with pytest.raises(InputMissing, match="not executable"):
+        make_plan(_elastic(ranks=3, discover=f"{environ['PATH']}/who"), [], environ)
