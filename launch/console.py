@@ -29,10 +29,10 @@ _HYDRA = re.compile(  # Hydra says on stdout that ranks have ended badly
 _HOROVODRUN = re.compile(  # on either stream, about ranks that have ended; the shell tells of its own children
     rb"Process \d+ exit with status code \d+\.|Terminating remaining workers after failure|(WARNING|ERROR):root:"
     rb"|\[[^\]]{1,300}: E [^\]]{1,1000}\.cc:\d+\]|terminate called after throwing an instance of 'std::runtime_error'"
-    rb"|Process name: |Exit code: \d"
     rb"|  what\(\):  \S+ has been removed from elastic job|(Killed|Terminated|Aborted)( \(core dumped\))?\s*$"
 )
 _TRACE = re.compile(rb"Traceback \(most recent call last\):|Exception in thread ")
+_AFTER = re.compile(rb"Process name: |Exit code: \d|$")  # the lines of its message
 _TAG = re.compile(rb"\[(?:\d+,)?\d+\]<std(?:out|err)>:?")  # horovodrun's, before every piece that a rank wrote
 _START = (b"---", b"===", b"=   ", b"[", b"srun:", b"slurmstepd", b"mpirun:", b"application", b"Abort(")
 _MOST = 60
@@ -113,7 +113,7 @@ class Parted:
         if _TAG.match(line):
             return False
         within, self._trace = self._trace, bool(_TRACE.match(line)) or (self._trace and line[:1] in (b" ", b"\n"))
-        return within or self._trace or line == b"\n"
+        return within or self._trace or bool(_AFTER.match(line))
 
     def _untagged(self, line: bytes) -> bytes:
         return _TAG.sub(b"", line) if self._tagged else line
