@@ -218,7 +218,7 @@ class Log(Section):
     """What is told while it trains."""
 
     every: Positive = 10
-    """Steps between metric lines; each costs one small collective, which also carries a request to stop."""
+    """Steps between metric lines; each costs one small collective. Requests to stop or to save do not wait for them."""
     tensorboard: bool = False
     """Write TensorBoard events to `<run_dir>/tensorboard` (needs the extra `harness[tensorboard]`)."""
 
@@ -231,7 +231,7 @@ class Stop(Section):
     time: Duration | None = None
     """Stop so long after the start, as 1h; an allocation's end counts in any case."""
     margin: Duration = 30.0
-    """How long before that, besides what a log interval and a save have been seen to take."""
+    """How long before that, besides what the time between two questions and a save have been seen to take."""
 
     @model_validator(mode="after")
     def _room(self) -> Stop:

@@ -1,11 +1,12 @@
 """The training loop, top to bottom.
 
-restore the newest checkpoint
+restore the newest checkpoint; was anyone asked to stop meanwhile?
 for each step:
     for each micro batch:  data -> forward/backward        (passes.py)
     communication -> update
-    every log.every steps:        one small collective: loss, times, "was anyone asked to stop?"; an elastic run
-                                  remembers its state, and leaves when other ranks are announced
+    every log.every steps:        one small collective: loss, times, wishes; an elastic run remembers its state
+    then, and before what follows, and about every 10 s (pulse.py): was anyone asked to stop or to save, are other
+                                  ranks announced?
     every eval.every steps:       evaluate on all ranks; stop early?
     every checkpoint.every steps (or checkpoint.interval, or when asked): save, behind training
     asked to stop:                save, leave with exit code 75
@@ -15,22 +16,20 @@ evaluate, save, export
 from __future__ import annotations
 
 import math
-import os
 import time
 from collections.abc import Generator
 from contextlib import closing
 
 import torch
 
-from harness.checkpoint import State, latest
-from harness.checkpoint.store import roll_back
 from harness.data import Batch, train_batches
 from harness.errors import ConfigError, Stopped, StorageError
 from harness.evaluate import evaluate
 from harness.job import Job
 from harness.metrics import Interval, Meter
 from harness.nonfinite import handle_nonfinite
-from harness.rundir import ROLL_BACK
+from harness.pulse import Pulse, Wishes
+from harness.resume import restore
 from harness.schedule import factor
 from harness.seeds import seed_generators
 from harness.units import show_duration, show_size
@@ -40,13 +39,16 @@ from harness.update import Step
 def train(job: Job) -> None:
     """Train to the last step. Collective. Raises Stopped after a stop whose state is saved."""
     started = time.perf_counter()
+    job.manager.claim()  # first: another job's checkpoints are neither read nor set aside
     first = restore(job)
+    pulse = Pulse(first)
+    if pulse.hear(first, job.world.exchange(question(job, pulse), "pulse")).stop:
+        raise Stopped(f"stopped at step {first} of {job.steps} ({reason(job)}), before anything was done")
     if first >= job.steps or has_stopped_improving(job):
         more = "train.steps" if job.config.train.steps is not None else "train.epochs"
         job.sinks.say(f"{job.run.root} is finished: nothing to train after step {first}; a higher {more} goes on")
         finish(job, started, first)
         return
-    job.manager.claim()
     job.sinks.say(describe(job))
     meter, skipped = Meter(), 0
     # an evaluation that a stop left out
@@ -75,32 +77,29 @@ def train(job: Job) -> None:
             else:
                 skipped = 0
             last = done == job.steps
-            stop = wished = False
-            met = due(done, job.config.log.every) or last
-            if met:
-                interval = meter.exchange(
-                    job.world,
-                    job.clock,
-                    sent=job.sent,
-                    stop=job.stop.wanted(),
-                    save=job.request.wanted(),
-                    announced=job.elastic is not None and job.elastic.announced,
-                )
-                stop, wished = interval.stop and not last, interval.save
+            logged = due(done, job.config.log.every) or last
+            evaluated, saved = due(done, job.config.eval.every), due(done, job.config.checkpoint.every)
+            wishes = Wishes()
+            if logged:
+                interval = meter.exchange(job.world, job.clock, sent=job.sent, asked=question(job, pulse))
+                wishes = pulse.hear(done, interval.asked)
                 job.manager.poll()
                 tell(job, interval, done, result, lr_factor, first, started)
-            if due(done, job.config.eval.every) and not stop and not last and run_evaluation(job, done):
+            elif evaluated or saved or pulse.due(done):
+                with job.clock("metrics"):
+                    wishes = pulse.hear(done, job.world.exchange(question(job, pulse), "pulse"))
+            stop = wishes.stop and not last
+            if evaluated and not stop and not last and run_evaluation(job, done):
                 break
-            if (wished or due(done, job.config.checkpoint.every)) and not stop and not last:
+            if (wishes.save or saved) and not stop and not last:
                 try_to_save(job, done)
             if stop:
                 save(job, done, wait=True)
-                why = job.stop.reason or "a signal to another rank"
-                raise Stopped(f"stopped at step {done} of {job.steps} ({why}), state saved")
-            if met and job.elastic is not None:
+                raise Stopped(f"stopped at step {done} of {job.steps} ({reason(job)}), state saved")
+            if job.elastic is not None and (logged or wishes.announced):
                 with job.clock("checkpoint"):
                     job.elastic.remember(job.state(job.extra()), done)
-                if interval.announced and not last:
+                if wishes.announced and not last:
                     job.elastic.change(done)
     save(job, job.progress.step, wait=True)  # before anything of the task that may fail
     finish(job, started, first)
@@ -140,6 +139,17 @@ def due(done: int, every: int | None) -> bool:
     return every is not None and done % every == 0
 
 
+def question(job: Job, pulse: Pulse) -> list[float]:
+    """What this rank was asked for."""
+    announced = job.elastic is not None and job.elastic.announced
+    return pulse.ask(job.stop.wanted(), job.request.wanted(), announced)
+
+
+def reason(job: Job) -> str:
+    """Why the run stops, as far as this rank knows."""
+    return job.stop.reason or "a signal to another rank"
+
+
 def batches_of(job: Job, first: int) -> closing[Generator[Batch, None, None]]:
     """This replica's micro batches from step `first` on; loader workers end with the block."""
     batches = train_batches(
@@ -155,41 +165,6 @@ def batches_of(job: Job, first: int) -> closing[Generator[Batch, None, None]]:
         pin=job.world.device.type == "cuda",
     )
     return closing(batches)
-
-
-def restore(job: Job) -> int:
-    """The step to go on from: 0 on a fresh start. Collective."""
-    job.clock.section = "restore"
-    extra = job.extra()
-    state = job.state(extra)
-    found = job.elastic.recall(state, job.world) if job.elastic is not None else None
-    told = None if found is None else f"step {found[0]} in the memory of rank {found[1]}"
-    if found is None and (step := from_disk(job, state)) is not None:
-        found, told = (step, 0), f"the checkpoint at step {step}"
-    if found is not None:
-        for name in vars(job.progress).keys() & extra.keys():
-            setattr(job.progress, name, extra[name])
-        if job.update.scaler is not None and extra["scaler"] is not None:
-            job.update.scaler.load_state_dict(extra["scaler"])
-        job.update.restored(found[0], job.manager.report.loaded)
-        job.sinks.say(f"resumed from {told}")
-    first = 0 if found is None else found[0]
-    job.clock.section = "start"
-    job.sinks.record("state", first, state="running")
-    return first
-
-
-def from_disk(job: Job, state: State) -> int | None:
-    """Restore the newest checkpoint and return its step, None where there is none. Collective."""
-    if job.world.is_root and (name := os.environ.get(ROLL_BACK)):
-        roll_back(job.run.checkpoints, job.run.checkpoints / name)  # two starts have failed from a newer one
-    found = job.world.is_root and not job.config.checkpoint.resume and latest(job.run.checkpoints) is not None
-    if job.world.comm.broadcast(found):
-        raise ConfigError(
-            f"{job.run.root} already holds checkpoints, and checkpoint.resume is false",
-            hint="choose another run_dir, or let it resume",
-        )
-    return job.manager.restore(state)
 
 
 def try_to_save(job: Job, done: int) -> None:

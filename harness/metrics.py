@@ -13,6 +13,7 @@ import numpy as np
 import torch
 
 from harness.clock import OWN_WORK, SECTIONS, Clock
+from harness.pulse import ASKED
 from harness.world import World
 
 
@@ -32,12 +33,8 @@ class Interval:
     """That rank's own work divided by the mean of all ranks."""
     sent: float
     """Bytes that all ranks have sent, at least (`parallel/traffic.py`)."""
-    stop: bool
-    """Some rank was asked to stop."""
-    save: bool
-    """Some rank was asked for a checkpoint."""
-    announced: bool
-    """Some rank was told that other ranks will take part."""
+    asked: np.ndarray
+    """All ranks' questions, [ranks, ASKED]: see `pulse.py`."""
 
 
 class Meter:
@@ -57,18 +54,16 @@ class Meter:
             self.loss = loss.double() if self.loss is None else self.loss + loss
             self.counted += 1
 
-    def exchange(
-        self, world: World, clock: Clock, *, sent: float, stop: bool, save: bool, announced: bool = False
-    ) -> Interval:
-        """Combine all ranks' sums and begin anew. Collective: one allgather of 12 numbers per rank.
+    def exchange(self, world: World, clock: Clock, *, sent: float, asked: Sequence[float]) -> Interval:
+        """Combine all ranks' sums and begin anew. Collective: one allgather of 13 numbers per rank.
 
-        sent: bytes that this rank has sent since the start.
+        sent: bytes that this rank has sent since the start. asked: this rank's question (`pulse.py`), which goes along.
         """
         loss = float("nan") if self.loss is None else float(self.loss)
         taken = clock.take()
         steps = max(self.steps, 1)
-        told = [stop, save, announced, loss, self.counted, sent - self.sent]
-        mine = [*told, *(taken.get(name, 0.0) for name in SECTIONS)]
+        told = [loss, self.counted, sent - self.sent]
+        mine = [*asked, *told, *(taken.get(name, 0.0) for name in SECTIONS)]
         with clock("metrics"):
             table = world.exchange(mine, "log/interval")
         seconds = time.perf_counter() - self.begin
@@ -80,19 +75,18 @@ class Meter:
 def summarize(table: np.ndarray, seconds: float, steps: int) -> Interval:
     """The view of all ranks. Pure.
 
-    `table`: float64 [ranks, 6 + sections]: stop, save, announced, losses, steps, sent, seconds in each section.
+    `table`: float64 [ranks, ASKED + 3 + sections]: a question, losses, steps, sent, seconds in each section.
     """
-    times = table[:, 6:]
+    asked, table = table[:, :ASKED], table[:, ASKED:]
+    times = table[:, 3:]
     own = times[:, [SECTIONS.index(name) for name in OWN_WORK]].sum(axis=1)
     mean = float(own.mean())
     return Interval(
-        loss=float(table[table[:, 4] > 0, 3].mean() / steps),
+        loss=float(table[table[:, 1] > 0, 0].mean() / steps),
         seconds=seconds,
         sections={name: float(column.mean()) / steps for name, column in zip(SECTIONS, times.T, strict=True)},
         slowest=int(own.argmax()),
         slowdown=float(own.max()) / mean if mean > 0 else 1.0,
-        sent=float(table[:, 5].sum()),
-        stop=bool(table[:, 0].any()),
-        save=bool(table[:, 1].any()),
-        announced=bool(table[:, 2].any()),
+        sent=float(table[:, 2].sum()),
+        asked=asked,
     )

@@ -1,10 +1,10 @@
 """Asking a run to stop: a signal to any rank, a file in the run directory, or the clock. Handlers only set a flag.
 
-Ranks agree about it in the collective of the next log interval; then the state is saved and all exit 75. A checkpoint
+Ranks agree about it when they next ask each other (`pulse.py`); then the state is saved and all exit 75. A checkpoint
 is asked for in the same way, by a file or by the clock.
 
-The clock: the end of the allocation or `stop.time`, minus what stopping takes. Since the question is asked once per log
-interval, that is `stop.margin`, the longest time there has been between two questions (evaluations included), and twice
+The clock: the end of the allocation or `stop.time`, minus what stopping takes. Since the question is asked now and
+then, that is `stop.margin`, the longest time there has been between two questions (evaluations included), and twice
 the longest save (one that is under way, and the last one).
 """
 
@@ -24,7 +24,7 @@ DEADLINE = "HARNESS_DEADLINE"
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2)
 """All that can be asked with; `stop.signals` says which are."""
 RECENT = 100
-"""Of so many log intervals the longest counts."""
+"""Of so many times between two questions the longest counts."""
 SAFETY = 1.5
 
 _early: list[int] = []
@@ -99,7 +99,7 @@ class StopRequest:
         return self.margin + SAFETY * max(self._gaps, default=0.0) + 2 * SAFETY * self._save
 
     def wanted(self) -> bool:
-        """Whether to stop. Once per log interval."""
+        """Whether to stop. Asked where ranks agree about it."""
         now = time.monotonic()
         if self._asked is not None:
             self._gaps.append(now - self._asked)

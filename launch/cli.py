@@ -201,7 +201,7 @@ def stop(
     wait: Annotated[bool, typer.Option("--wait", help="Wait until it has ended.")] = False,
     timeout: Annotated[float | None, typer.Option("--timeout", min=0, help="Seconds to wait at most.")] = None,
 ) -> int:
-    """Ask a run to save its state and stop."""
+    """Ask a run to save its state and stop, which it does in about 10 s, or after the step or evaluation it is in."""
     from launch.runs import find_run
     from launch.stop import stop as ask_to_stop
 

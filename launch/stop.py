@@ -37,7 +37,9 @@ def stop(run: RunDir, *, wait: bool = False, timeout: float | None = None) -> in
         return 0
     _ask(run)
     step = f" at step {life.step}" if life.step is not None else ""
-    print(f"{life.directory} is running{step}; it saves its state and stops at the next log interval", flush=True)
+    print(
+        f"{life.directory} is running{step}; it saves its state and stops, in about 10 s or after this step", flush=True
+    )
     return _wait(run, timeout) if wait else 0
 
 

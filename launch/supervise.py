@@ -195,7 +195,7 @@ def _ask_to_stop(run: RunDir, signals: str, then: str) -> None:
     except OSError as error:
         say(f"the stop file {run.stop} cannot be written ({error.strerror}); {then}")
     else:
-        say(f"saving and stopping at the next log interval; {then}")
+        say(f"saving and stopping, in about 10 s or after this step; {then}")
 
 
 class _Streams:

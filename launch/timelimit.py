@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 def time_limit(stop: Stop, environ: Mapping[str, str] = os.environ) -> dict[str, str]:
     """The variables that tell ranks when they must be gone; {} where nothing ends them.
 
-    Raises Unavailable when the allocation ends within `stop.margin`: the run would stop at its first log interval.
+    Raises Unavailable when the allocation ends within `stop.margin`: the run would stop before its first step.
     """
     now, ends = time.time(), jobs.end_time(environ)
     if ends is not None and ends - now <= stop.margin:

@@ -156,12 +156,12 @@ def test_early_stopping_where_no_value_is_finite(tmp_path: Path, capsys: pytest.
 
 
 class StopAt:
-    """Asks for a stop at the given log interval."""
+    """Asks for a stop at the given log line, 0: before the first step."""
 
     reason = "the test"
 
     def __init__(self, interval: int) -> None:
-        self.left = interval
+        self.left = interval + 1
 
     def wanted(self) -> bool:
         self.left -= 1

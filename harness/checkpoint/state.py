@@ -188,10 +188,14 @@ def _check_shards(state: State, names: dict[int, tuple[str, str]]) -> None:
         raise DataError(f"State(shards=...) names {unknown[0]!r}, which is no parameter or buffer of this state")
 
 
-def complain(problems: list[str], where: object) -> DataError:
+class Misfit(DataError):
+    """A checkpoint does not fit the state that it is to be restored into."""
+
+
+def complain(problems: list[str], where: object) -> Misfit:
     """One error that lists all of them."""
     shown = problems[:_SHOWN] + ([f"and {len(problems) - _SHOWN} more"] if len(problems) > _SHOWN else [])
-    return DataError(
+    return Misfit(
         "\n  ".join([f"the checkpoint {where} does not fit this program:", *shown]),
         hint="use the model and optimizer it was saved with, or another checkpoint directory;"
         " restore(..., partial=Partial(...)) takes a part of it, under other names, or of another dtype",

@@ -76,12 +76,12 @@ def finish(job: Job) -> None:
 
 
 class StopAt:
-    """Asks for a stop when the given step is logged."""
+    """Asks for a stop when the given step is logged, 0: before the first one."""
 
     reason = "the test"
 
     def __init__(self, step: int) -> None:
-        self.left = step
+        self.left = step + 1
 
     def wanted(self) -> bool:
         self.left -= 1
@@ -163,6 +163,40 @@ def test_a_run_stopped_anywhere_and_resumed_is_the_same_by_bits(
             for way in ("straight", "resumed")
         ]
         assert curves[0] == curves[1]
+
+
+@pytest.mark.parametrize(
+    ("changes", "asked", "step"),
+    [
+        ({"checkpoint": {"every": 2}, "eval": {}}, 2, 2),  # after the first step, and where it saves
+        ({"checkpoint": {}, "eval": {"every": 2}}, 2, 2),
+        ({"checkpoint": {}, "eval": {}}, 2, 5),  # nothing else: after at most so many times as many steps
+    ],
+)
+def test_a_stop_does_not_wait_for_a_log_line(world: World, changes: dict[str, Any], asked: int, step: int) -> None:
+    path = directory(world, "seldom")
+    config = settings("linear", path, log={"every": 1000}, **changes)
+    job = start(world, config)
+    object.__setattr__(job, "stop", StopAt(asked))
+    with pytest.raises(Stopped, match=f"step {step} of 8 .* state saved"):
+        train(job)
+    job.sinks.close()
+    job.close()
+    again = start(world, config)
+    object.__setattr__(again, "stop", StopAt(0))
+    with pytest.raises(Stopped, match=rf"stopped at step {step} of 8 \(the test\), before anything was done"):
+        train(again)
+    again.sinks.close()
+    again.close()
+    assert len(list((path / "checkpoints").glob(f"step-{step:08d}"))) == 1
+    finish(start(world, config))
+    if world.is_root:
+        assert [record["step"] for record in records(path, "train")] == [8]
+    finished = start(world, config)
+    object.__setattr__(finished, "stop", StopAt(0))
+    with pytest.raises(Stopped, match="at step 8 of 8"):
+        train(finished)
+    finished.close()
 
 
 def test_early_stopping_ends_all_ranks_at_the_same_step_and_a_restart_does_not_go_on(world: World) -> None:

@@ -10,6 +10,7 @@ import torch
 from harness.clock import Clock
 from harness.env import identify
 from harness.metrics import Meter
+from harness.pulse import Pulse, Wishes
 from harness.world import World
 
 
@@ -86,10 +87,9 @@ def test_an_interval_combines_all_ranks(world: World) -> None:
     for step in range(3):
         meter.add([torch.tensor(float(world.rank + step))])
     clock.seconds["data"] = 3.0 if world.rank == world.size - 1 else 0.3
-    interval = meter.exchange(
-        world, clock, sent=100.0 * (world.rank + 1), stop=world.rank == world.size - 1, save=False
-    )
+    asked = Pulse(0).ask(world.rank == world.size - 1, False, False)
+    interval = meter.exchange(world, clock, sent=100.0 * (world.rank + 1), asked=asked)
     assert interval.loss == np.mean([rank + step for rank in range(world.size) for step in range(3)])
-    assert interval.stop
+    assert Pulse(0).hear(3, interval.asked) == Wishes(stop=True)
     assert interval.slowest == world.size - 1
     assert interval.sections["data"] > 0.09
