@@ -20,7 +20,7 @@ from harness.errors import Exit, HarnessError, InternalError, Stopped, Unavailab
 from harness.failure import code_of, leave, record
 from harness.heartbeat import limit
 from harness.log import redirect
-from harness.rundir import Attempt, RunDir, open_run, storage_errors
+from harness.rundir import Attempt, RunDir, make_root, open_run, storage_errors
 from harness.stop import listen
 from harness.watchdog import Watchdog
 
@@ -164,6 +164,10 @@ class Rank:
         os._exit(code)  # nothing is left to do, and atexit hooks of torch or MPI can only hang
 
     def _new_attempt(self) -> int:
+        from harness.checkpoint.lease import wait_until_free
+
+        run = make_root(self.config)
+        wait_until_free(run.checkpoints, log=print)  # first: a refused start leaves the other job's run as it is
         run = open_run(self.config)
         with storage_errors(run.root):
             run.stop.unlink(missing_ok=True)  # asked of an earlier start

@@ -21,6 +21,7 @@ from typing import TextIO
 from harness.errors import Unavailable
 from harness.rundir import RunDir, storage_errors
 from launch import processes
+from launch.ckpt_lease import nobody_saves
 from launch.jobs import job_of
 from launch.runs import read_object
 from launch.supervise import GRACE, say
@@ -28,7 +29,10 @@ from launch.supervise import GRACE, say
 
 @contextlib.contextmanager
 def alone(run: RunDir) -> Iterator[None]:
-    """Hold the run directory; two starts in one would mix their checkpoints. Ends what a killed start has left here."""
+    """Hold the run directory; two starts in one would mix their checkpoints. Ends what a killed start has left here.
+
+    Raises Unavailable where it runs already, also where its ranks were started by hand.
+    """
     with storage_errors(run.root):
         file = open(run.root / "lock", "a+", encoding="utf-8", errors="replace")  # noqa: SIM115 - closed below
     with file:
@@ -44,6 +48,7 @@ def alone(run: RunDir) -> Iterator[None]:
         else:
             _sign(file)
             _end_leftovers(run)
+        nobody_saves(run)
         yield
 
 

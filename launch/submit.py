@@ -168,8 +168,8 @@ def _check(config: Config) -> None:
         return
     life = look(RunDir(path))
     if life.alive:
-        where = f"as job {life.job}" if life.job else f"on {life.host}"
-        raise Unavailable(f"{path} is running already, {where}", hint=f"harness stop {shlex.quote(str(path))}")
+        where = f", as job {life.job}" if life.job else f", on {life.host}" if life.host else ""  # started by hand
+        raise Unavailable(f"{path} is running already{where}", hint=f"harness stop {shlex.quote(str(path))}")
     if life.state == "queued":
         raise Unavailable(f"{path} waits in the queue already, as job {life.job}", hint=f"scancel {life.job}")
     if life.state == "finished" and _same_length(config, path):

@@ -20,6 +20,7 @@ from harness.errors import Unavailable
 from harness.rundir import RunDir
 from harness.stop import StopRequest, deadline
 from launch import jobs
+from launch.runs import look
 from launch.timelimit import time_limit
 
 BIN = Path(sys.executable).parent
@@ -301,6 +302,7 @@ def test_a_signal_to_one_rank_stops_all(folder: Path) -> None:
             if entry.name.isdecimal() and is_rank(entry, folder, "1")
         ]
         assert len(pids) == 1
+        a_second_start_is_refused(folder)
         os.kill(pids[0], signal.SIGUSR1)
         said, _ = process.communicate(timeout=200)
         assert process.returncode == 75, said
@@ -308,6 +310,22 @@ def test_a_signal_to_one_rank_stops_all(folder: Path) -> None:
     finally:
         process.kill()
         process.communicate()
+
+
+def a_second_start_is_refused(folder: Path) -> None:
+    """By hand and with `harness run`, before it has written anything: the live run's directory stays as it is."""
+    harness, run = str(BIN / "harness"), folder / "runs/run"
+    second = [start(folder, sys.executable, "-m", "harness", "runs/run"), start(folder, harness, "run", "runs/run")]
+    submitted = start(folder, harness, "submit", "--dry-run", "run.yaml", "slurm.time=1h")
+    for process in (*second, submitted):
+        said, _ = process.communicate(timeout=200)
+        assert process.returncode == 69, said
+        assert "resumed" not in said
+        assert ("error: runs/run is running already\n" if process is submitted else "is in use by process") in said
+    assert [path.name for path in (run / "attempts").iterdir()] == ["0001"]
+    assert not list(run.glob("config.*.yaml"))
+    life = look(RunDir(run))
+    assert (life.state, life.attempts, life.ended) == ("running", 1, None)
 
 
 def is_rank(entry: Path, folder: Path, rank: str) -> bool:

@@ -97,6 +97,12 @@ class Lease:
         self._give_back()
 
 
+def wait_until_free(directory: str | os.PathLike[str], *, log: Callable[[str], None]) -> None:
+    """Return once nobody saves into a directory: `Lease.acquire`, without taking it. Raises InUse, StorageError."""
+    if (Path(directory) / LEASE).is_dir():
+        Lease.acquire(directory, log=log).release()
+
+
 def live_holder(directory: str | os.PathLike[str], *, expiry: float = EXPIRY) -> Holder | None:
     """Who saves into a directory now, as far as one look can tell; None where nobody does. Raises StorageError."""
     place = Path(directory) / LEASE
