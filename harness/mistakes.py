@@ -80,10 +80,12 @@ def suggest(path: str) -> str | None:
     if key in OTHER_NAMES:
         return OTHER_NAMES[key]
     known = list(fields())
+    siblings = {name.rpartition(".")[2]: name for name in known if name.rpartition(".")[0] == section}
+    if near := difflib.get_close_matches(key, siblings, n=1, cutoff=0.8):  # a slip of the pen
+        return siblings[near[0]]
     same = [name for name in known if name.rpartition(".")[2] == key]
     if same:  # the key exists in another section: the one whose name is nearest
         return max(same, key=lambda name: difflib.SequenceMatcher(None, name, path).ratio())
-    siblings = {name.rpartition(".")[2]: name for name in known if name.rpartition(".")[0] == section}
     if near := difflib.get_close_matches(key, siblings, n=1, cutoff=0.6):
         return siblings[near[0]]
     near = difflib.get_close_matches(path, known, n=1, cutoff=0.7)

@@ -80,6 +80,17 @@ def progressed(tried: Sequence[Tried], index: int) -> bool:
     ].step > max((one.step for one in before), default=0)
 
 
+def sentence(following: Next, most: int, ranks: int, origin: str | None) -> str:
+    """What is about to happen, in a line. `most`: restarts of a row; `origin`: the checkpoint that it goes on from."""
+    when = f"in {following.wait:g} s" if following.wait else "at once"
+    if following.row > 1:
+        count = f"restart {following.row} of at most {most} without progress"
+    else:
+        count = f"at most {most} restart{'s' * (most != 1)} without progress"
+    where = f"on {ranks} rank{'s' * (ranks != 1)}, from {origin or 'the beginning'}"
+    return f"starting again {when} ({count}), {where}"
+
+
 def _older(tried: Sequence[Tried], names: Sequence[str]) -> str | None:
     """The checkpoint before the one from which the last two attempts failed in vain."""
     if len(tried) < 2 or not names:

@@ -23,7 +23,7 @@ from launch import processes
 from launch.jobs import job_of
 from launch.plan import Plan
 from launch.report import Ending
-from launch.restart import Tried, checkpoints, next_start, table, without
+from launch.restart import Tried, checkpoints, next_start, sentence, step_of, table, without
 from launch.supervise import Requests, handling, say, supervise
 
 if TYPE_CHECKING:
@@ -49,7 +49,8 @@ def start(plan: Plan, run: RunDir, config: Config) -> int:
         lines.append(f"logs: {_logs(run.attempt(last.number), last.ending)}")
     if len(tried) > 1:
         lines.append(table(tried))
-    if last.ending.state != "finished" and last.ending.code != Exit.CONFIG:  # the same config again would fail again
+    # the same config again, or the same model with these checkpoints, would fail again
+    if last.ending.state != "finished" and last.ending.code not in (Exit.CONFIG, Exit.DATA):
         lines.append(next_step(run))
     if lines:
         print("\n".join(lines), file=sys.stderr, flush=True)
@@ -58,8 +59,8 @@ def start(plan: Plan, run: RunDir, config: Config) -> int:
 
 def next_step(run: RunDir) -> str:
     """The command with which a run that is not finished goes on, for a person."""
-    saved = run.read_status().get("last_checkpoint")
-    state = f"the state of step {saved} is saved; go on" if isinstance(saved, int) else "start again"
+    saved = checkpoints(run.checkpoints)  # rank 0 may have ended before it could tell of the last one
+    state = f"the state of step {step_of(saved[-1])} is saved; go on" if saved else "start again"
     return f"{state} with: harness run {shlex.quote(str(run.root))}"
 
 
@@ -88,11 +89,7 @@ def _until_it_ends(plan: Plan, run: RunDir, config: Config, requests: Requests) 
         back_to = following.back_to
         print(f"{ending.text}\nlogs: {_logs(attempt, ending)}", file=sys.stderr, flush=True)
         origin = back_to or saved
-        when = f"in {following.wait:g} s" if following.wait else "at once"
-        say(
-            f"restart {following.row} of {config.restart.most} without progress {when},"
-            f" with {plan.job.ranks} rank{'s' * (plan.job.ranks != 1)}, from {origin or 'the beginning'}"
-        )
+        say(sentence(following, config.restart.most, plan.job.ranks, origin))
         if (ended := _wait(following.wait, run, requests)) is not None:
             tried[-1] = _replaced(tried[-1], ended)
             return tried

@@ -572,6 +572,7 @@ def test_a_slip_of_the_finger_is_recognised(path):
 
 def test_a_key_in_the_wrong_section_is_recognised():
     assert suggest("optim.steps") == "train.steps"
+    assert suggest("train.step") == "train.steps", "not watchdog.step"
     assert suggest("train.lr") == "optim.lr"
     assert suggest("tensorboard") == "log.tensorboard"
     assert suggest("xyz.global_batch") == "train.global_batch"

@@ -11,13 +11,26 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from harness.config import Config, Restart
+from harness.rundir import RunDir, write_json
 from launch.command import Job, build
 from launch.hosts import Allocation
 from launch.mpi import Mpi
 from launch.nodelist import Host
 from launch.plan import Plan
 from launch.report import Ending
-from launch.restart import AGAIN, Next, Tried, checkpoints, next_start, progressed, step_of, table, without
+from launch.restart import (
+    AGAIN,
+    Next,
+    Tried,
+    checkpoints,
+    next_start,
+    progressed,
+    sentence,
+    step_of,
+    table,
+    without,
+)
+from launch.start import next_step
 
 CRASH = Ending(1, "failed", "error: it broke\n  details", 1)
 
@@ -33,6 +46,25 @@ def tried(*attempts: tuple[int, int], ending: Ending = CRASH) -> list[Tried]:
 
 def name(step: int) -> str:
     return f"step-{step:08d}"
+
+
+def test_what_is_said_of_a_restart() -> None:
+    assert sentence(Next(0.0, 1), 2, 2, name(40)) == (
+        "starting again at once (at most 2 restarts without progress), on 2 ranks, from step-00000040"
+    )
+    assert sentence(Next(10.0, 2), 2, 1, None) == (
+        "starting again in 10 s (restart 2 of at most 2 without progress), on 1 rank, from the beginning"
+    )
+
+
+def test_the_state_that_a_run_goes_on_from_is_the_one_on_the_disk(tmp_path: Path) -> None:
+    run = RunDir(tmp_path)
+    write_json(run.status, {"last_checkpoint": 20})  # rank 0 was ended before it could tell of the next one
+    assert next_step(run) == f"start again with: harness run {tmp_path}"
+    for step in (20, 40):
+        (run.checkpoints / name(step)).mkdir(parents=True)
+        (run.checkpoints / name(step) / "manifest.json").touch()
+    assert next_step(run) == f"the state of step 40 is saved; go on with: harness run {tmp_path}"
 
 
 @pytest.mark.parametrize("kind", ["finished", "stopped", "user", "interrupted"])

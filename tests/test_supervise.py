@@ -260,7 +260,7 @@ def test_ctrl_c_once_saves_and_stops(launch) -> None:
     run.process.send_signal(signal.SIGINT)
     code, _, err = run.wait()
     assert code == 75
-    assert "saving and stopping at the next log interval; Ctrl-C again ends now" in err
+    assert "saving and stopping, in about 10 s or after this step; Ctrl-C again ends now" in err
     assert f"the state of step 7 is saved; go on with: harness run {run.root}" in err
     assert "error" not in err
     assert not any(noise in err for noise in NOISE)
@@ -409,8 +409,8 @@ def test_restarts_without_progress_end_and_all_attempts_are_told(launch) -> None
     endings = [json.loads((run.root / f"attempts/000{n}/ending.json").read_text()) for n in (1, 2, 3)]
     assert [ending["restart"] for ending in endings] == [True, True, False]
     assert {(ending["kind"], ending["rank"], ending["step"]) for ending in endings} == {("crash", 1, 120)}
-    assert "restart 1 of 2 without progress at once, with 2 ranks, from the beginning" in err
-    assert "restart 2 of 2 without progress in 0.05 s" in err
+    assert "starting again at once (at most 2 restarts without progress), on 2 ranks, from the beginning" in err
+    assert "starting again in 0.05 s (restart 2 of at most 2 without progress)" in err
     table = err[err.index("attempt  ranks") :].splitlines()
     assert [line.split()[0] for line in table[:4]] == ["attempt", "1", "2", "3"]
     assert err.count("go on with: harness run") + err.count("start again with: harness run") == 1

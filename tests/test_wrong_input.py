@@ -168,5 +168,7 @@ def test_a_run_that_is_there_already(
     said = capfd.readouterr().err
     assert "error: the checkpoint runs/run/checkpoints/step-00000004 does not fit this program" in said
     assert "model/0.weight is float32[5, 1, 3, 3] here and float32[4, 1, 3, 3] in the checkpoint" in said
+    assert "or choose another run_dir" in said
+    assert "partial" not in said and "start again" not in said and "go on with: harness" not in said
     assert "Traceback" not in said
     assert tree(saved) == checkpoint
