@@ -223,15 +223,15 @@ def test_ctrl_c_saves_and_the_run_goes_on_to_the_same_result(folder: Path) -> No
 def test_ctrl_c_twice_ends_at_once(folder: Path) -> None:
     process = subprocess.Popen(
         command("run.yaml", "task.name=tasks_for_tests:Slow", "train.steps=2000", "log.every=1000", "-n", "2",
-                "checkpoint.every=4"),
+                "checkpoint.every=6", "train.micro_batch=1"),
         cwd=folder, env=environment(), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
     )  # fmt: skip
     assert process.stdout is not None
     for line in process.stdout:
-        if "checkpoint at step 4" in line:
+        if "checkpoint at step 6" in line:
             break
     process.send_signal(signal.SIGINT)
-    time.sleep(1)
+    time.sleep(0.3)  # the ranks next ask each other after some steps, each of several passes
     process.send_signal(signal.SIGINT)
     rest = process.stdout.read()
     assert process.wait(30) == 130, rest

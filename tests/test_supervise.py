@@ -252,6 +252,9 @@ def test_ctrl_c_once_saves_and_stops(launch) -> None:
         while not run.stop.exists():
             time.sleep(0.05)
         if me.rank == 0:
+            saved = run.checkpoints / "step-00000007"
+            saved.mkdir(parents=True)
+            (saved / "manifest.json").touch()
             status("stopped", last_checkpoint=7)
         sys.exit(75)
     """.replace("sys.exit", "__import__('sys').exit")
