@@ -256,6 +256,9 @@ def test_ctrl_c_once_saves_and_stops(launch) -> None:
             saved.mkdir(parents=True)
             (saved / "manifest.json").touch()
             status("stopped", last_checkpoint=7)
+            (run.root / "told").touch()
+        while not (run.root / "told").exists():  # ranks leave together: mpirun ends the others of one that is gone
+            time.sleep(0.05)
         sys.exit(75)
     """.replace("sys.exit", "__import__('sys').exit")
     )
