@@ -11,14 +11,13 @@ from typing import Any
 import horovod.torch as hvd
 import pytest
 import torch
-from test_training import StopAt, assert_same_bits, bits, directory, finish, settings, start
-from test_update import BATCH, CPU, STEPS, Branches, conv, data, equal_on_all, mlp
+from test_training import assert_same_bits, bits, directory, finish, settings, start, stop_at
+from test_update import BATCH, CPU, STEPS, Branches, conv, data, equal_on_all, mlp, take_steps
 from test_update import train as train_whole
 
 from harness.checkpoint import Manager, Single, State
 from harness.config import Horovod, Optim, Train
-from harness.errors import ConfigError, Stopped
-from harness.loop import train as train_job
+from harness.errors import ConfigError
 from harness.optim import BUILT_IN, make_optimizer
 from harness.parallel.groups import Groups, arrange, groups_of
 from harness.parallel.settings import ELEMENTWISE
@@ -61,19 +60,6 @@ def sharded(
     )
 
 
-def take_steps(update: Update, model: torch.nn.Module, world: World, steps: Any = range(STEPS)) -> None:
-    share = BATCH // world.size
-    for step in steps:
-        mine = slice(world.rank * share, (world.rank + 1) * share)
-        x, y = (part[mine].chunk(update.passes) for part in data(step))
-        for xs, ys in zip(x, y, strict=True):
-            with update.autocast():
-                loss = (model(xs) - ys).pow(2).mean()
-            update.backward(loss)
-        update.synchronize()
-        update.step()
-
-
 def compare(
     world: World,
     optim: Optim,
@@ -91,7 +77,7 @@ def compare(
     reference, model = build(), build()
     train_whole(reference, optim, ranks=1, rank=0, passes=1, horovod=Horovod(), **train)
     update = sharded(model, optim, groups or over_all(world), passes=passes, horovod=horovod, **train)
-    take_steps(update, model, world)
+    take_steps(update, model, world.rank, world.size)
     for (name, a), b in zip(model.named_parameters(), reference.parameters(), strict=True):
         torch.testing.assert_close(a, b, rtol=rtol, atol=atol, msg=lambda told, name=name: f"{name}: {told}")
     equal_on_all(world, model)
@@ -133,7 +119,7 @@ def test_a_rank_has_its_part_of_the_state_only(world: World) -> None:
         pytest.skip("one rank has all of it")
     model = mlp()
     update = sharded(model, Optim(name="adamw"), over_all(world))
-    take_steps(update, model, world)
+    take_steps(update, model, world.rank, world.size)
     elements = sum(parameter.numel() for parameter in model.parameters())
     held = [tensor for state in update.optimizer.state.values() for key, tensor in state.items() if key != "step"]
     mine = sum(tensor.numel() for tensor in held)
@@ -172,7 +158,7 @@ def test_what_is_not_finite_on_one_rank_is_skipped_by_all(world: World, scaled: 
         update.scaler = torch.amp.GradScaler("cpu", init_scale=1024.0)
     for step in (0, "overflow", 1, 2, 3):
         if step != "overflow":
-            take_steps(update, model, world, [step])
+            take_steps(update, model, world.rank, world.size, [step])
             continue
         before = [parameter.detach().clone() for parameter in model.parameters()]
         update.backward(model(data(0)[0]).pow(2).mean() * (math.inf if world.rank == 0 else 1.0))
@@ -251,7 +237,7 @@ def test_saved_in_slices_restored_whole_and_back(world: World) -> None:
             optimizer.step()
 
     model, update, state = on_all()
-    take_steps(update, model, world, range(2))
+    take_steps(update, model, world.rank, world.size, range(2))
     manager = Manager(path, world.comm)
     manager.save(2, state, wait=True)
     manager.close()
@@ -274,7 +260,7 @@ def test_saved_in_slices_restored_whole_and_back(world: World) -> None:
     manager = Manager(path, world.comm)
     assert manager.restore(state) == 4
     manager.close()
-    take_steps(update, model, world, range(4, 6))
+    take_steps(update, model, world.rank, world.size, range(4, 6))
     alone(reference, optimizer, range(2, 6))
     for name, parameter in model.named_parameters():
         torch.testing.assert_close(parameter, reference.get_parameter(name), rtol=1e-4, atol=1e-5)
@@ -290,11 +276,7 @@ def test_a_run_with_shards_repeats_and_goes_on_by_bits(world: World) -> None:
     straight = start(world, settings("digits", directory(world, "sharded-straight"), **cut))
     finish(straight)
     config = settings("digits", directory(world, "sharded-resumed"), **cut, checkpoint={})
-    stopped = start(world, config)
-    object.__setattr__(stopped, "stop", StopAt(5))
-    with pytest.raises(Stopped, match="step 5 of 8"):
-        train_job(stopped)
-    stopped.close()
+    stop_at(world, config, 5)
     resumed = start(world, config)
     finish(resumed)
     assert_same_bits(bits(resumed), bits(straight))

@@ -88,6 +88,15 @@ class StopAt:
         return self.left == 0
 
 
+def stop_at(world: World, config: Config, step: int) -> None:
+    """Train until a stop after this step, of 8; the state is saved. Collective."""
+    job = start(world, config)
+    object.__setattr__(job, "stop", StopAt(step))
+    with pytest.raises(Stopped, match=f"step {step} of 8"):
+        train(job)
+    job.close()
+
+
 def bits(job: Job) -> list[torch.Tensor]:
     """Parameters, optimizer state and averages, in a fixed order."""
     state = job.update.optimizer.state_dict()["state"]
@@ -149,11 +158,7 @@ def test_a_run_stopped_anywhere_and_resumed_is_the_same_by_bits(
     finish(straight)
     path = directory(world, f"{name}-resumed")
     config = settings(name, path, **changes)
-    stopped = start(world, config)
-    object.__setattr__(stopped, "stop", StopAt(3))
-    with pytest.raises(Stopped, match="step 3 of 8"):
-        train(stopped)
-    stopped.close()
+    stop_at(world, config, 3)
     resumed = start(world, config)
     finish(resumed)
     assert_same_bits(bits(resumed), bits(straight))

@@ -8,11 +8,10 @@ from typing import Any
 import pytest
 import torch
 from test_local import common
-from test_training import OUT, StopAt, assert_same_bits, bits, directory, finish, records, settings, start
+from test_training import OUT, assert_same_bits, bits, directory, finish, records, settings, start, stop_at
 
 from harness.checkpoint import Manager, Single, State
-from harness.errors import InternalError, Stopped
-from harness.loop import train
+from harness.errors import InternalError
 from harness.nonfinite import handle_nonfinite
 from harness.parallel.local import LocalSteps
 from harness.parallel.settings import Outer
@@ -35,11 +34,7 @@ def test_a_run_stopped_inside_a_round_goes_on_by_bits(world: World, changes: dic
     finish(straight)
     path = directory(world, "local-resumed")
     config = settings("digits", path, **changes, checkpoint={})
-    stopped = start(world, config)
-    object.__setattr__(stopped, "stop", StopAt(5))
-    with pytest.raises(Stopped, match="step 5 of 8"):
-        train(stopped)
-    stopped.close()
+    stop_at(world, config, 5)
     resumed = start(world, config)
     finish(resumed)
     assert_same_bits(bits(resumed), bits(straight))

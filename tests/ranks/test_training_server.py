@@ -7,10 +7,9 @@ from typing import Any
 
 import pytest
 import torch
-from test_training import OUT, StopAt, assert_same_bits, directory, finish, records, settings, start
+from test_training import OUT, assert_same_bits, directory, finish, records, settings, start, stop_at
 
-from harness.errors import ConfigError, Stopped
-from harness.loop import train
+from harness.errors import ConfigError
 from harness.parallel.server import Server, Worker
 from harness.world import World
 
@@ -64,11 +63,7 @@ def test_a_stopped_run_goes_on_by_bits_and_in_other_forms(world: World) -> None:
     finish(straight)
     path = directory(world, "served-resumed")
     config = settings("digits", path, **SERVER, checkpoint={})
-    stopped = start(served, config)
-    object.__setattr__(stopped, "stop", StopAt(5))
-    with pytest.raises(Stopped, match="step 5 of 8"):
-        train(stopped)
-    stopped.close()
+    stop_at(served, config, 5)
     resumed = start(served, config)
     finish(resumed)
     assert_same_bits(parameters(resumed), parameters(straight))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import pytest
@@ -53,6 +53,21 @@ def data(step: int) -> tuple[torch.Tensor, torch.Tensor]:
     return torch.randn(BATCH, 6, generator=generator), torch.randn(BATCH, 3, generator=generator)
 
 
+def take_steps(
+    update: Update, model: torch.nn.Module, rank: int, ranks: int, steps: Iterable[int] = range(STEPS)
+) -> None:
+    """Steps on this rank's contiguous part of each batch."""
+    share = BATCH // ranks
+    for step in steps:
+        x, y = (part[rank * share : (rank + 1) * share].chunk(update.passes) for part in data(step))
+        for xs, ys in zip(x, y, strict=True):
+            with update.autocast():
+                loss = (model(xs) - ys).pow(2).mean()
+            update.backward(loss)
+        update.synchronize()
+        update.step()
+
+
 def train(
     model: torch.nn.Module, optim: Optim, *, ranks: int, rank: int, passes: int, horovod: Horovod, **train: Any
 ) -> Update:
@@ -66,15 +81,7 @@ def train(
         ranks=ranks,
         device=CPU,
     )
-    share = BATCH // ranks
-    for step in range(STEPS):
-        x, y = (part[rank * share : (rank + 1) * share].chunk(passes) for part in data(step))
-        for xs, ys in zip(x, y, strict=True):
-            with update.autocast():
-                loss = (model(xs) - ys).pow(2).mean()
-            update.backward(loss)
-        update.synchronize()
-        update.step()
+    take_steps(update, model, rank, ranks)
     return update
 
 

@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from test_training import OUT, StopAt, directory, finish, records, settings, start
+from test_training import OUT, StopAt, directory, finish, records, settings, start, stop_at
 
 from harness.checkpoint import latest, open_checkpoint
 from harness.checkpoint.shards import Box, Region
@@ -101,11 +101,7 @@ def test_a_run_stopped_and_resumed_in_its_form_is_the_same_by_bits(world: World,
     straight = start(here, configured(directory(world, "straight"), form))
     finish(straight)
     config = configured(directory(world, "resumed"), form)
-    stopped = start(here, config)
-    object.__setattr__(stopped, "stop", StopAt(3))
-    with pytest.raises(Stopped, match="step 3 of 8"):
-        train(stopped)
-    stopped.close()
+    stop_at(here, config, 3)
     resumed = start(here, config)
     finish(resumed)
     for name, value in parameters(straight).items():
