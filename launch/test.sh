@@ -6,4 +6,5 @@ root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd -P)
 bash "$root/launch/setup.sh"
 cd "$root"
 
-exec .venv/bin/python -m pytest "$@"
+# Two files of tests at a time; in their order, as the long ones have few tests and must not come last.
+exec .venv/bin/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder "$@"

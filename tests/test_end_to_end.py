@@ -265,7 +265,7 @@ WRONG = {
     "unknown key": (["run.yaml", "optim.lrr=1"], 78, "did you mean optim.lr?"),
     "wrong type": (["run.yaml", "train.steps=many"], 78, "'many' is not a whole number"),
     "batch": (["run.yaml", "train.global_batch=15", "-n", "2"], 78, "train.global_batch=14 or 16"),
-    "slots": (["run.yaml", "-n", "4", "-H", "localhost:2"], 69, "4 ranks are more than the 2 slots"),
+    "slots": (["run.yaml", "-n", "4", "-H", "localhost:2"], 64, "4 ranks are more than the 2 slots"),
     "task module": (["run.yaml", "task.name=no_such_module:X"], 78, "there is no module 'no_such_module'"),
     "task class": (["run.yaml", "task.name=tasks_for_tests:Nope"], 78, "has no Nope"),
     "task methods": (["run.yaml", "task.name=tasks_for_tests:Incomplete"], 78, "no data and no loss"),

