@@ -44,6 +44,7 @@ A version is read for ever.
 
 from __future__ import annotations
 
+import functools
 import json
 import re
 from dataclasses import dataclass, field
@@ -86,7 +87,7 @@ class Manifest:
 def render(manifest: Manifest) -> str:
     """The text of `manifest.json`."""
     layout = manifest.layout
-    body = json.dumps(
+    first = _compact(
         {
             "format": FORMAT,
             "version": VERSION,
@@ -94,7 +95,7 @@ def render(manifest: Manifest) -> str:
             "step": manifest.step,
             "created": manifest.created,
             "world": manifest.world,
-            "schema": schema_hash(layout.leaves, manifest.aliases),
+            "schema": _hash(layout, tuple(manifest.aliases.items())),
             "file": {
                 "name": "data.h5",
                 "head": layout.head,
@@ -104,20 +105,33 @@ def render(manifest: Manifest) -> str:
                 "head_digest": manifest.head,
                 "digests_digest": manifest.table,
             },
-            "leaves": [
-                {"name": leaf.name, "dtype": leaf.dtype, "shape": leaf.shape, "placement": leaf.placement, "offset": at}
-                for leaf, at in zip(layout.leaves, layout.starts.tolist(), strict=True)
-            ],
-            "aliases": manifest.aliases,
-            "state": manifest.state,
-            "metrics": manifest.metrics,
-            "info": manifest.info,
-        },
-        separators=(",", ":"),
-        allow_nan=False,
+        }
     )
-    rest = body[1:] + "\n"
+    last = _compact(
+        {"aliases": manifest.aliases, "state": manifest.state, "metrics": manifest.metrics, "info": manifest.info}
+    )
+    rest = f'{first[1:-1]},"leaves":{_leaves(layout)},{last[1:]}\n'
     return f'{{"checksum":"{xxhash.xxh3_128_hexdigest(rest.encode())}",\n{rest}'
+
+
+# The next save is most often one of the same tensors: at 22,500 of them these two are 80 % of the time.
+@functools.lru_cache(maxsize=2)
+def _leaves(layout: Layout) -> str:
+    return _compact(
+        [
+            {"name": leaf.name, "dtype": leaf.dtype, "shape": leaf.shape, "placement": leaf.placement, "offset": at}
+            for leaf, at in zip(layout.leaves, layout.starts.tolist(), strict=True)
+        ]
+    )
+
+
+@functools.lru_cache(maxsize=2)
+def _hash(layout: Layout, aliases: tuple[tuple[str, str], ...]) -> str:
+    return schema_hash(layout.leaves, dict(aliases))
+
+
+def _compact(value: Any) -> str:
+    return json.dumps(value, separators=(",", ":"), allow_nan=False)
 
 
 def parse(text: str) -> Manifest:
