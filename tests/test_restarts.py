@@ -10,6 +10,7 @@ import socket
 import subprocess
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -36,21 +37,39 @@ def go(tmp_path: Path) -> Iterator[Go]:
         run.end()
 
 
-@pytest.fixture(scope="module")
-def two(tmp_path_factory: pytest.TempPathFactory) -> dict[str, np.ndarray]:
-    return undisturbed(tmp_path_factory.mktemp("two"), 2)
+@dataclass(frozen=True)
+class Calm:
+    """A run on so many ranks that nothing happens to, and the tensors with which it ends."""
+
+    ranks: int
+    tensors: dict[str, np.ndarray]
+
+    @property
+    def last(self) -> int:
+        return self.ranks - 1
+
+    @property
+    def others(self) -> str:
+        """All ranks but one, as a report tells of them."""
+        return "1 other waits" if self.last == 1 else f"{self.last} others wait"
+
+
+on_2 = pytest.param(2, id="2 ranks")
+on_4 = pytest.param(4, id="4 ranks")
+slow_on_4 = pytest.param(4, id="4 ranks", marks=pytest.mark.slow)
+also_on_4 = pytest.mark.parametrize("calm", [on_2, slow_on_4], indirect=True)
 
 
 @pytest.fixture(scope="module")
-def four(tmp_path_factory: pytest.TempPathFactory) -> dict[str, np.ndarray]:
-    return undisturbed(tmp_path_factory.mktemp("four"), 4)
+def calm(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Calm:
+    return Calm(request.param, undisturbed(tmp_path_factory.mktemp("calm"), request.param))
 
 
-def test_a_rank_is_killed_in_each_section_and_the_run_ends_as_if_it_had_not_been(
-    go: Go, two: dict[str, np.ndarray]
-) -> None:
-    places = [("start", 1, 1), ("data", 7, 1), ("step", 2, 0), ("save", 2, 0), ("evaluation", 1, 1)]
-    run = go("--restarts", "5", plan=[(place, "kill", at, rank) for place, at, rank in places])
+@also_on_4
+def test_a_rank_is_killed_in_each_section_and_the_run_ends_as_if_it_had_not_been(go: Go, calm: Calm) -> None:
+    last = calm.last
+    places = [("start", 1, last), ("data", 7, last), ("step", 2, 0), ("save", 2, 0), ("evaluation", 1, last)]
+    run = go("--restarts", "5", ranks=calm.ranks, plan=[(place, "kill", at, rank) for place, at, rank in places])
     code, said = run.wait()
     assert code == 0, said
     assert [run.ending(index)["state"] for index in range(1, 7)] == [*["failed"] * 5, "finished"]
@@ -60,60 +79,63 @@ def test_a_rank_is_killed_in_each_section_and_the_run_ends_as_if_it_had_not_been
         assert (ending["kind"], ending["code"], ending["rank"]) == ("crash", 137, rank), said
         assert re.search(rf"^rank {rank} on \S+ was ended by SIGKILL, last seen in ", ending["summary"]), said
     assert run.ending(1)["summary"].endswith("last seen in start")
-    assert "starting again at once (at most 5 restarts without progress), on 2 ranks, from the beginning" in said
-    assert re.search(r"^ *6 +2 .* finished: finished$", said, re.MULTILINE), said
-    assert max(run.took(1), run.took(2)) < 5 + 3 + DEADLINE
-    assert the_same(run.tensors(), two)
+    told = f"starting again at once (at most 5 restarts without progress), on {calm.ranks} ranks, from the beginning"
+    assert told in said
+    assert re.search(rf"^ *6 +{calm.ranks} .* finished: finished$", said, re.MULTILINE), said
+    assert the_same(run.tensors(), calm.tensors)
 
 
-def test_a_rank_that_hangs_is_found_and_the_run_ends_as_if_it_had_not(go: Go, two: dict[str, np.ndarray]) -> None:
-    run = go("--restarts", "2", "watchdog.data=5s", plan=[("data", "sleep", 7, 1), ("step", "stop", 2, 0)])
+@also_on_4
+def test_a_rank_that_hangs_is_found_and_the_run_ends_as_if_it_had_not(go: Go, calm: Calm) -> None:
+    last, ranks = calm.last, calm.ranks
+    plan = [("data", "sleep", 7, last), ("step", "stop", 2, 0)]
+    run = go("--restarts", "2", "watchdog.data=5s", ranks=ranks, plan=plan)
     code, said = run.wait()
     assert code == 0, said
     stuck, stopped = run.ending(1), run.ending(2)
-    assert (stuck["kind"], stuck["rank"]) == ("hang", 1), said
+    assert (stuck["kind"], stuck["rank"]) == ("hang", last), said
     assert re.search(
-        r"rank 1 of 2 on \S+ hangs: last seen in data at step 6 for .*, longer than watchdog.data \(5.0 s\) allows;"
-        r" 1 other waits in communication",
+        rf"rank {last} of {ranks} on \S+ hangs: last seen in data at step 6 for .*, longer than watchdog.data \(5.0 s\)"
+        rf" allows; {calm.others} in communication",
         stuck["summary"],
     ), said
-    assert "troubled.py" in run.attempts[0].log(1).read_text(), "its stack"
-    assert "Thread" in run.attempts[0].log(0).read_text(), "the other's stacks"
+    assert "troubled.py" in run.attempts[0].log(last).read_text(), "its stack"
+    assert all("Thread" in run.attempts[0].log(rank).read_text() for rank in range(last)), "the others' stacks"
     assert (stopped["kind"], stopped["rank"]) == ("hang", 0), said
-    assert re.search(
-        r"rank 0 of 2 on \S+ is stopped \(SIGSTOP\), last seen in .* ago; 1 other waits", stopped["summary"]
-    )
+    told = rf"rank 0 of {ranks} on \S+ is stopped \(SIGSTOP\), last seen in .* ago; {calm.others}"
+    assert re.search(told, stopped["summary"])
     assert max(run.took(1), run.took(2)) < 5 + 3 + DEADLINE
-    assert the_same(run.tensors(), two)
+    assert the_same(run.tensors(), calm.tensors)
 
 
-def test_an_exception_a_killed_launcher_and_a_rank_killed_before_it_has_met_the_others(
-    go: Go, two: dict[str, np.ndarray]
-) -> None:
-    plan = [("step", "raise", 2, 1), ("data", "kill launcher", 6, 1), ("start", "sleep", 1, 1)]
-    run = go("--restarts", "3", plan=plan)
+@pytest.mark.parametrize("calm", [on_2, on_4], indirect=True)
+def test_an_exception_a_killed_launcher_and_a_rank_killed_before_it_has_met_the_others(go: Go, calm: Calm) -> None:
+    last = calm.last
+    plan = [("step", "raise", 2, last), ("data", "kill launcher", 6, 1), ("start", "sleep", 1, last)]
+    run = go("--restarts", "3", ranks=calm.ranks, plan=plan)
     third = run.dir.attempt(3)
-    run.until(lambda: 1 in third.heartbeats())
-    os.kill(third.heartbeats()[1].pid, signal.SIGKILL)
+    run.until(lambda: last in third.heartbeats())
+    os.kill(third.heartbeats()[last].pid, signal.SIGKILL)
     code, said = run.wait()
     assert code == 0, said
     raised, orphaned, early = run.ending(1), run.ending(2), run.ending(3)
-    assert (raised["kind"], raised["code"], raised["rank"]) == ("crash", 1, 1)
-    assert re.search(r"rank 1 of 2 on \S+ failed at step 1 in forward/backward\n  ValueError: trouble\n", said), said
+    assert (raised["kind"], raised["code"], raised["rank"]) == ("crash", 1, last)
+    told = rf"rank {last} of {calm.ranks} on \S+ failed at step 1 in forward/backward\n  ValueError: trouble\n"
+    assert re.search(told, said), said
     assert (orphaned["kind"], orphaned["code"], orphaned["rank"]) == ("crash", 137, None)
     assert orphaned["summary"].startswith("the launcher was ended by SIGKILL"), said
-    assert (early["kind"], early["code"], early["rank"]) == ("crash", 137, 1)
+    assert (early["kind"], early["code"], early["rank"]) == ("crash", 137, last)
     assert early["summary"].endswith("was ended by SIGKILL, last seen in start"), said
     assert max(run.took(1), run.took(2)) < DEADLINE
-    assert the_same(run.tensors(), two)
+    assert the_same(run.tensors(), calm.tensors)
 
 
-def test_a_killed_supervisor_a_broken_checkpoint_usr2_in_a_save_and_two_ctrl_c(
-    go: Go, two: dict[str, np.ndarray]
-) -> None:
+@also_on_4
+def test_a_killed_supervisor_a_broken_checkpoint_usr2_in_a_save_and_two_ctrl_c(go: Go, calm: Calm) -> None:
     """Four starts by hand of one run; each goes on from what the one before has left."""
-    plan = [("data", "kill supervisor", 10, 1), ("save", "usr2", 1, 0), ("data", "interrupt twice", 1, 1)]
-    run = go(plan=plan)
+    last, ranks = calm.last, calm.ranks
+    plan = [("data", "kill supervisor", 10, last), ("save", "usr2", 1, 0), ("data", "interrupt twice", 1, last)]
+    run = go(ranks=ranks, plan=plan)
     code, said = run.wait(lingers=DEADLINE)
     assert code == -signal.SIGKILL, said
     assert not run.dir.attempt(1).ending.exists()
@@ -123,7 +145,7 @@ def test_a_killed_supervisor_a_broken_checkpoint_usr2_in_a_save_and_two_ctrl_c(
     data = bytearray(newest.read_bytes())
     data[len(data) // 2 :] = bytes(255 - value for value in data[len(data) // 2 :])
     newest.write_bytes(data)
-    run = go(plan=plan)
+    run = go(ranks=ranks, plan=plan)
     code, said = run.wait()
     assert code == Exit.STOPPED, said
     assert re.search(r"step-00000008.*damaged", said), said
@@ -132,7 +154,7 @@ def test_a_killed_supervisor_a_broken_checkpoint_usr2_in_a_save_and_two_ctrl_c(
     assert (stopped["kind"], stopped["saved"]) == ("stopped", "step-00000010"), said
     assert run.took(2) < DEADLINE
 
-    run = go(plan=plan)
+    run = go(ranks=ranks, plan=plan)
     code, said = run.wait()
     assert code == Exit.INTERRUPTED, said
     assert "resumed from the checkpoint at step 10" in said
@@ -141,22 +163,23 @@ def test_a_killed_supervisor_a_broken_checkpoint_usr2_in_a_save_and_two_ctrl_c(
     assert run.ending(3)["kind"] == "interrupted"
     assert run.took(3) < DEADLINE
 
-    run = go(plan=plan)
+    run = go(ranks=ranks, plan=plan)
     code, said = run.wait()
     assert code == 0, said
     assert "resumed from the checkpoint at step 10" in said
-    assert the_same(run.tensors(), two)
+    assert the_same(run.tensors(), calm.tensors)
 
 
+@also_on_4
 def test_a_full_disk_ends_the_run_in_a_sentence_and_it_goes_on_once_there_is_room(
-    go: Go, two: dict[str, np.ndarray], tmp_path: Path
+    go: Go, calm: Calm, tmp_path: Path
 ) -> None:
     (runs := tmp_path / "runs").mkdir()
     # a save wants 16 MiB to be left, so that only some fit
     if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=16560k", "tmpfs", runs], capture_output=True).returncode:
         pytest.skip("mounting a small tmpfs needs root")
     try:
-        run = go("checkpoint.keep=100", "checkpoint.every=1")
+        run = go("checkpoint.keep=100", "checkpoint.every=1", ranks=calm.ranks)
         code, said = run.wait()
         assert code == Exit.IO, said
         assert "space" in said
@@ -165,16 +188,17 @@ def test_a_full_disk_ends_the_run_in_a_sentence_and_it_goes_on_once_there_is_roo
         kept = sorted(path.parent.name for path in run.dir.checkpoints.glob("step-*/manifest.json"))
         assert 0 < len(kept) < 12
         subprocess.run(["mount", "-o", "remount,size=170m", runs], check=True)
-        run = go("checkpoint.keep=100", "checkpoint.every=1")
+        run = go("checkpoint.keep=100", "checkpoint.every=1", ranks=calm.ranks)
         code, said = run.wait()
         assert code == 0, said
         assert f"resumed from the checkpoint at step {int(kept[-1][5:])}" in said
-        assert the_same(run.tensors(), two)
+        assert the_same(run.tensors(), calm.tensors)
     finally:
         subprocess.run(["umount", "-l", runs], check=True)
 
 
-def test_four_ranks_one_killed_in_a_save_one_stopped(go: Go, four: dict[str, np.ndarray]) -> None:
+@pytest.mark.parametrize("calm", [on_4], indirect=True)
+def test_four_ranks_one_killed_in_a_save_one_stopped(go: Go, calm: Calm) -> None:
     run = go("--restarts", "2", ranks=4, plan=[("save", "kill", 2, 3), ("data", "stop", 2, 2)])
     code, said = run.wait()
     assert code == 0, said
@@ -184,7 +208,7 @@ def test_four_ranks_one_killed_in_a_save_one_stopped(go: Go, four: dict[str, np.
     assert re.search(r"rank 2 of 4 on \S+ is stopped \(SIGSTOP\), last seen in \S+.*; 3 others", stopped["summary"])
     assert run.took(1) < DEADLINE
     assert run.took(2) < 3 + DEADLINE
-    assert the_same(run.tensors(), four)
+    assert the_same(run.tensors(), calm.tensors)
 
 
 SSH = """#!/bin/sh
@@ -196,8 +220,9 @@ exec unshare --uts sh -c 'hostname "$0"; exec setsid sh -c "$1"' "$host" "$*"
 """
 
 
+@also_on_4
 def test_a_host_is_lost_and_the_others_go_on(
-    go: Go, two: dict[str, np.ndarray], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    go: Go, calm: Calm, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     if subprocess.run(["unshare", "--uts", "hostname", "there"], capture_output=True).returncode:
         pytest.skip("another host name needs root")
@@ -205,17 +230,23 @@ def test_a_host_is_lost_and_the_others_go_on(
     (tools / "ssh").write_text(SSH)
     (tools / "ssh").chmod(0o755)
     monkeypatch.setenv("PATH", f"{tools}{os.pathsep}{os.environ['PATH']}")
-    hosts = ["-H", f"{socket.gethostname()}:1,there:1", "launch.interfaces=lo"]
-    run = go(*hosts, "--restarts", "1", "--min-ranks", "1", plan=[("data", "kill host", 6, 1)])
+    half = calm.ranks // 2
+    hosts = ["-H", f"{socket.gethostname()}:{half},there:{half}", "launch.interfaces=lo"]
+    plan = [("data", "kill host", 6, calm.last)]
+    run = go(*hosts, "--restarts", "1", "--min-ranks", str(half), ranks=calm.ranks, plan=plan)
     code, said = run.wait()
     assert code == 0, said
     lost = run.ending(1)
-    assert (lost["kind"], lost["host"], lost["rank"]) == ("lost", "there", 1), said
-    assert re.search(r"^the host there is gone; rank 1 of 2 on it was last seen in \S+", lost["summary"])
-    assert "starting again at once (at most 1 restart without progress), on 1 rank, from step-00000004" in said
+    assert (lost["kind"], lost["host"], lost["rank"]) == ("lost", "there", half), said
+    told = rf"^the host there is gone; rank {half} of {calm.ranks} on it was last seen in \S+"
+    assert re.search(told, lost["summary"])
+    on = f"{half} rank{'s' * (half > 1)}"
+    assert f"starting again at once (at most 1 restart without progress), on {on}, from step-00000004" in said
     assert run.took(1) < DEADLINE
     tensors = run.tensors()
-    assert all(np.allclose(tensors[name], two[name], rtol=1e-5) for name in two), "the same mathematics"
+    assert all(np.allclose(tensors[name], calm.tensors[name], rtol=1e-5) for name in calm.tensors), (
+        "the same mathematics"
+    )
 
 
 DEATHS = 30
