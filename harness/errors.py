@@ -18,7 +18,7 @@ class Exit(IntEnum):
     """Exit codes of every `harness` command and of every rank."""
 
     FINISHED = 0
-    CRASH = 1  # an unexpected exception, also in a user's task
+    CRASH = 1  # what a restart may mend: an unexpected exception, also in a user's task, a hang, a lost host
     USAGE = 64  # bad command line
     DATA = 65  # corrupt data or checkpoint
     NO_INPUT = 66  # an input file is not there

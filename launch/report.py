@@ -136,9 +136,9 @@ def _judge(
     if code == Exit.STOPPED:
         return Ending(code, "stopped", "", kind="stopped")
     if lost is not None:
-        return _of_lost_host(lost, code, heartbeats)
+        return _of_lost_host(lost, heartbeats)
     if killed is not None and not (memory and code == 128 + signal.SIGKILL):
-        return Ending(code if code else int(Exit.CRASH), "failed", f"error: {killed}")
+        return Ending(int(Exit.CRASH), "failed", f"error: {killed}")  # not the code that our signal has made
     if code == 0:
         return Ending(Exit.INTERNAL, "failed", "error: the ranks ended without an error, but the run did not finish")
     return _silent(code, returncode, own, noise, heartbeats, memory, elastic)
@@ -185,12 +185,12 @@ def _lost_host(noise: Sequence[str]) -> str | None:
     return max(found, key=bool) if found else None
 
 
-def _of_lost_host(host: str, code: int, heartbeats: Mapping[int, Heartbeat]) -> Ending:
+def _of_lost_host(host: str, heartbeats: Mapping[int, Heartbeat]) -> Ending:
     there = [one for one in heartbeats.values() if host and one.host.split(".")[0] == host.split(".")[0]]
     text = f"error: the host {host} is gone" if host else "error: the launcher has lost a host"
     if there:
         text += f"; rank {there[0].rank} of {there[0].size} on it was {last_seen(there[0])}"
-    return Ending(code or int(Exit.CRASH), "failed", text, there[0].rank if there else None, "lost", host or None)
+    return Ending(int(Exit.CRASH), "failed", text, there[0].rank if there else None, "lost", host or None)
 
 
 def _silent(

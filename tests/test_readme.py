@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 from support import ROOT, needs_mpirun
 
+from harness.errors import Exit
 from harness.resolve import resolve
 
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -96,3 +97,9 @@ def test_the_diff_is_that_of_the_examples() -> None:
     assert sorted(told) == sorted(line for line in real if '"""' not in line and line.strip("-+"))
     kept = [line[1:] for line in shown.splitlines() if line[:1] == " " and line.strip()]
     assert set(kept) <= set(before) & set(after)
+
+
+def test_the_table_of_exit_codes_has_all_of_them() -> None:
+    table = README[README.index("### Exit codes") :]
+    rows = re.findall(r"^\| (\d+) \| .+? \| \| (\S+) \| .+? \|$", table, re.MULTILINE)
+    assert [code for row in zip(*rows, strict=True) for code in row] == [*(str(int(code)) for code in Exit), "128+n"]

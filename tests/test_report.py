@@ -196,8 +196,8 @@ def test_too_little_memory(arguments: dict[str, Any], kind: str) -> None:
 def test_a_host_that_is_gone(noise: list[str], host: str | None) -> None:
     lost = ERROR | {"type": "HorovodInternalError", "rank": 0}
     for errors in ([], [lost]):
-        ending = judge(errors, {}, attempt=1, returncode=1, noise=noise, heartbeats={3: BEAT})
-        assert (ending.kind, ending.host, ending.state) == ("lost", host, "failed")
+        ending = judge(errors, {}, attempt=1, returncode=205, noise=noise, heartbeats={3: BEAT})
+        assert (ending.kind, ending.host, ending.state, ending.code) == ("lost", host, "failed", 1)
     assert judge([ERROR], {}, attempt=1, returncode=1, noise=noise).kind == "crash", "a rank has told the cause"
     if host:
         assert "the host n07 is gone; rank 3 of 4 on it was last seen in data at step 811" in ending.text
@@ -207,11 +207,16 @@ def test_a_hang_that_was_seen_is_the_cause_of_what_came_after() -> None:
     after = ERROR | {"type": "HorovodInternalError"}
     status = {"state": "stopped", "attempt": 1}
     for errors in ([], [after]):
-        ending = judge(errors, status, attempt=1, returncode=1, hang=HANG, killed=HANG.text)
-        assert (ending.kind, ending.rank, ending.cause) == ("hang", 3, HANG.text)
+        ending = judge(errors, status, attempt=1, returncode=143, hang=HANG, killed=HANG.text)
+        assert (ending.kind, ending.rank, ending.cause, ending.code) == ("hang", 3, HANG.text, 1)
     assert judge([ERROR], {}, attempt=1, returncode=1, hang=HANG).kind == "crash"
     lost = judge([], {}, attempt=1, returncode=1, hang=Hang(3, "n07", "x", lost=True))
     assert (lost.kind, lost.host) == ("lost", "n07")
+
+
+def test_a_code_that_our_own_signal_has_made_is_not_told() -> None:
+    ending = judge([], {}, attempt=1, returncode=143, killed="a rank ended without a word, and the others waited")
+    assert (ending.kind, ending.code, ending.cause) == ("crash", 1, "a rank ended without a word, and the others waited")
 
 
 def test_a_hang_told_by_a_rank() -> None:
