@@ -150,7 +150,7 @@ def submit(
     sweep: Annotated[
         list[str] | None, typer.Option("--sweep", metavar="KEY=A,B", help="A run for each value, as one array.")
     ] = None,
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="Only print the batch script.")] = False,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Only print what would be submitted.")] = False,
 ) -> int:
     """Submit a run to Slurm, and print its batch script."""
     from harness.resolve import resolve

@@ -33,6 +33,7 @@ from launch.slurm import options, render
 if TYPE_CHECKING:
     from harness.config import Config
 
+SBATCH = ("sbatch", "--parsable")
 FOLLOW_UP = "--follow-up"
 MOST_TASKS = 1000
 PATIENCE = 120.0
@@ -81,8 +82,9 @@ def sweeps(texts: Sequence[str]) -> list[Sweep]:
 def submit(configs: Sequence[Config], *, parent: Path | None = None, chain: int = 0, dry_run: bool = False) -> int:
     """Submit one run, or with `parent` the runs of a sweep below that directory as one array; returns the exit code.
 
-    `chain` follow-up jobs start one after the other and end at once when the run has finished. Raises ConfigError,
-    UsageError where the run has finished, Unavailable where it runs already or sbatch is missing or refuses.
+    `chain` follow-up jobs (arrays, for a sweep) start one after the other and end at once when the run has finished.
+    `dry_run` prints the script, and on stderr the commands. Raises ConfigError, UsageError where the run has finished,
+    Unavailable where it runs already or sbatch is missing or refuses.
     """
     first, folder = configs[0], Path(configs[0].directory) if parent is None else parent
     if any((config.slurm, config.launch.ranks) != (first.slurm, first.launch.ranks) for config in configs):
@@ -98,23 +100,26 @@ def submit(configs: Sequence[Config], *, parent: Path | None = None, chain: int 
         if parent is None
         else render(first, command, output=output, tasks=[config.directory for config in configs])
     )
+    script, began = folder / "job.sh", time.time()
     print(text, end="", flush=True)
     if dry_run:
+        before = [None, *(f"JOB{number}" for number in range(1, chain + 1))]
+        commands = [shlex.join([*SBATCH, *_words(script, after)]) for after in before]
+        print("\n  ".join(["would submit:", *commands]), file=sys.stderr)
         return 0
     if shutil.which("sbatch") is None:
         raise Unavailable("there is no sbatch on PATH", hint="use a login node, or load Slurm's module")
     _fits(first)
-    script, began = folder / "job.sh", time.time()
     with _undone([folder, *(Path(config.directory) for config in configs)]):
         for config in configs:
             run = open_run(config)
             with storage_errors(run.root):
                 run.stop.unlink(missing_ok=True)  # asked of an earlier job
         write_atomic(script, text)
-        ids = [_sbatch([str(script)], first)]
+        ids = [_sbatch(_words(script, None), first)]
     try:
         for _ in range(chain):
-            ids.append(_sbatch([f"--dependency=afterany:{ids[-1]}", str(script), FOLLOW_UP], first))
+            ids.append(_sbatch(_words(script, ids[-1]), first))
     finally:
         for number, config in enumerate(configs):
             mine = ids if parent is None else [f"{job}_{number}" for job in ids]
@@ -212,9 +217,14 @@ def _fits(config: Config) -> None:
         )
 
 
+def _words(script: Path, after: str | None) -> list[str]:
+    """What sbatch gets for a job, `after`: for one that goes on after that job, or all tasks of that array."""
+    return [str(script)] if after is None else [f"--dependency=afterany:{after}", str(script), FOLLOW_UP]
+
+
 def _sbatch(words: Sequence[str], config: Config) -> str:
     """Submit; the job's id. Raises Unavailable with what sbatch says."""
-    done = jobs.call(["sbatch", "--parsable", *words], patience=PATIENCE, env=_environment(os.environ, config))
+    done = jobs.call([*SBATCH, *words], patience=PATIENCE, env=_environment(os.environ, config))
     job = done.stdout.strip().split(";")[0]
     if done.returncode == 0 and job.isdecimal():
         return job

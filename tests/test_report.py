@@ -215,8 +215,8 @@ def test_a_hang_that_was_seen_is_the_cause_of_what_came_after() -> None:
 
 
 def test_a_code_that_our_own_signal_has_made_is_not_told() -> None:
-    ending = judge([], {}, attempt=1, returncode=143, killed="a rank ended without a word, and the others waited")
-    assert (ending.kind, ending.code, ending.cause) == ("crash", 1, "a rank ended without a word, and the others waited")
+    ending = judge([], {}, attempt=1, returncode=143, killed="a rank ended without a word")
+    assert (ending.kind, ending.code, ending.cause) == ("crash", 1, "a rank ended without a word")
 
 
 def test_a_hang_told_by_a_rank() -> None:

@@ -362,9 +362,11 @@ def test_harness_stop_also_ends_the_chain_and_a_cancelled_job_does_not_come_back
 
 
 def test_a_sweep_is_one_array_with_a_run_for_each_value(site: Site) -> None:
-    (job,) = site.submit("--sweep", "optim.lr=0.05,3e-2")
-    for task in (0, 1):
-        site.ends(f"{job}_{task}", "COMPLETED")
+    first, second = site.submit("--sweep", "optim.lr=0.05,3e-2", "--chain", "1")
+    for job in (first, second):
+        for task in (0, 1):
+            site.ends(f"{job}_{task}", "COMPLETED")
+    assert site.log(f"{second}_").count("has finished at step 30: this job has nothing left to do") == 2
     rates = {}
     for name in ("optim.lr=0.05", "optim.lr=3e-2"):
         run = site.folder / "runs/run" / name

@@ -84,6 +84,26 @@ def test_a_dry_run_touches_nothing(here: Path, capsys: pytest.CaptureFixture[str
     assert sorted(path.name for path in here.iterdir()) == ["bin", "run.yaml"]
 
 
+@pytest.mark.parametrize("sweep", [(), ("--sweep", "seed=1,2")])
+def test_a_dry_run_prints_what_is_submitted(
+    sweep: tuple[str, ...], here: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    fake(here, "sbatch", 'echo "sbatch $*" >>calls; echo $(wc -l <calls)')
+    assert execute(["submit", "run.yaml", "--chain", "2", "--dry-run", *sweep]) == 0
+    dry = capsys.readouterr()
+    assert not (here / "calls").exists()
+    assert execute(["submit", "run.yaml", "--chain", "2", *sweep]) == 0
+    out = capsys.readouterr().out
+    assert out.startswith(dry.out)
+    assert dry.out == (here / "runs/run/job.sh").read_text()
+    told = dry.err.replace("JOB", "").splitlines()
+    assert told == ["would submit:", *(f"  {line}" for line in (here / "calls").read_text().splitlines())]
+    assert len(told) == 4
+    for run in ("seed=1", "seed=2") if sweep else ("",):
+        jobs = json.loads((here / "runs/run" / run / "submitted.json").read_text())["jobs"]
+        assert jobs == [f"{job}_{int(run[-1]) - 1}" if run else str(job) for job in (1, 2, 3)]
+
+
 def test_what_was_submitted_is_known_when_the_chain_breaks(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
     fake(
         here,
