@@ -6,21 +6,15 @@ print([rank.facts for rank in probe.ranks], probe.timed_out)
 
 from __future__ import annotations
 
-import contextlib
 import json
 import os
-import subprocess
-import sys
-import tempfile
-import uuid
 from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from launch import processes
-from launch.command import build
 from launch.plan import Plan
+from launch.ranks import run_ranks
 
 MARK = "HARNESS_PROBE "  # harness.probe prints it
 
@@ -49,37 +43,10 @@ class Probe:
 
 def run_probe(plan: Plan, folder: Path | None, timeout: float, environ: Mapping[str, str] = os.environ) -> Probe:
     """Start the probe's ranks and read what they say; ended after `timeout` seconds, whatever they do."""
-    run_id = uuid.uuid4().hex
-    program = (sys.executable, "-m", "harness.probe", *([str(folder)] if folder else []))
-    job = replace(plan.job, program=program, env=plan.job.env | {processes.RUN_ID: run_id})
-    command = build(job, plan.mpi)
-    with (
-        tempfile.TemporaryFile() as output
-    ):  # a file, not a pipe: a process that outlives its parent cannot hold it open
-        try:
-            process = subprocess.Popen(
-                command.argv,
-                env={**environ, **command.env},
-                stdin=subprocess.DEVNULL,
-                stdout=output,
-                stderr=subprocess.STDOUT,
-                start_new_session=True,
-            )
-        except OSError as error:
-            return Probe((), f"{command.argv[0]} cannot be started: {error.strerror}", 127)
-        try:
-            process.wait(timeout)
-            timed_out = False
-        except subprocess.TimeoutExpired:
-            timed_out = True
-        finally:
-            processes.end(process.pid, run_id, grace=2.0)
-            with contextlib.suppress(subprocess.TimeoutExpired):
-                process.wait(timeout=5)
-        output.seek(0)
-        text = output.read(4_000_000).decode(errors="replace")
-    ranks, rest = read_probe(text)
-    return Probe(ranks, rest, process.returncode if process.returncode is not None else 137, timed_out)
+    arguments = ("-m", "harness.probe", *([str(folder)] if folder else []))
+    ended = run_ranks(plan, arguments, timeout=timeout, environ=environ)
+    ranks, rest = read_probe(ended.output)
+    return Probe(ranks, rest, ended.returncode, ended.late)
 
 
 def read_probe(text: str) -> tuple[tuple[Rank, ...], str]:
