@@ -13,31 +13,28 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from pydantic import BeforeValidator, Field, model_validator
+from pydantic import Field, model_validator
 
 from harness.parallel.combinations import check_parallel
 from harness.parallel.settings import Parallel
-from harness.section import Count, Fraction, NonNegative, Positive, PositiveFloat, Section
+from harness.section import (
+    Count,
+    Fraction,
+    KeepRule,
+    NonNegative,
+    OptimizerName,
+    Positive,
+    PositiveFloat,
+    Section,
+    TaskName,
+)
 from harness.units import Duration, Size
-
-
-def _keep_rule(value: object) -> object:
-    from harness.checkpoint.rules import keep_rule
-
-    text = f"last {value}" if type(value) is int else value
-    if isinstance(text, str):
-        keep_rule(text)
-    return text
-
-
-KeepRule = Annotated[str, BeforeValidator(_keep_rule)]
-"""Checked where it is written; a number n is `last n`."""
 
 
 class Task(Section):
     """What is trained."""
 
-    name: str = Field(min_length=1)
+    name: TaskName
     """A built-in task (linear, digits, charlm, rnn, word2vec, resnet) or your own as `package.module:Class`."""
     args: dict[str, Any] = {}
     """Keyword arguments for the task's constructor."""
@@ -92,7 +89,7 @@ class Train(Section):
 class Optim(Section):
     """The optimizer."""
 
-    name: str = "adamw"
+    name: OptimizerName = "adamw"
     """gd, sgd, momentum, nesterov, adagrad, rmsprop, adam, adamw, or any torch optimizer as `module:Class`."""
     lr: PositiveFloat = 1e-3
     """Learning rate at the peak of the schedule, for a global batch of `base_batch` when `lr_scaling` is on."""

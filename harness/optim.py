@@ -40,7 +40,7 @@ def peak_lr(settings: Optim, global_batch: int) -> float:
 
 
 def make_optimizer(parameters: Iterable[Any], settings: Optim, *, lr: float) -> torch.optim.Optimizer:
-    """A torch optimizer. Raises ConfigError when it is unknown, needs a closure, or a setting does not apply to it."""
+    """A torch optimizer. Raises ConfigError when there is none, it needs a closure, or a setting does not apply."""
     kind = _optimizer_class(settings.name)
     accepted = inspect.signature(kind).parameters
     given = {key: value for key in ("momentum", "betas", "eps") if (value := getattr(settings, key)) is not None}
@@ -67,11 +67,6 @@ def _optimizer_class(name: str) -> type[Any]:
     if name in BUILT_IN:
         return getattr(torch.optim, BUILT_IN[name][0])  # type: ignore[no-any-return]
     module_name, _, attribute = name.partition(":")
-    if not attribute:
-        raise ConfigError(
-            f"optim.name {name!r} is no built-in optimizer",
-            hint=f"built in are {', '.join(BUILT_IN)}; any other as module:Class, for example torch.optim:NAdam",
-        )
     try:
         kind = getattr(importlib.import_module(module_name), attribute)
     except (ImportError, AttributeError) as error:

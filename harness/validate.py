@@ -15,7 +15,7 @@ from harness.errors import Mistake
 from harness.mistakes import explain, fields, find, is_free_form
 from harness.yamlfile import Node
 
-_STAND_INS: dict[str, Any] = {"name": "x", "task": {"name": "x"}, "train": {"steps": 1, "global_batch": 1}}
+_STAND_INS: dict[str, Any] = {"name": "x", "task": {"name": "linear"}, "train": {"steps": 1, "global_batch": 1}}
 """The least config that is right."""
 
 

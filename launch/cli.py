@@ -113,6 +113,7 @@ def run(
     """Start a run, or go on with it, and stay until it ends. Ctrl-C saves and stops."""
     from harness.batch import plan_of
     from harness.errors import Exit
+    from harness.named import check_classes
     from harness.resolve import resolve
     from harness.rundir import RunDir, make_root, open_run
     from launch.lock import alone
@@ -125,11 +126,13 @@ def run(
     values += _elastic(elastic, min_ranks, max_ranks, discover)
     values += [f"stop.time={time}"] if time is not None else []
     values += [f"restart.most={restarts}"] if restarts is not None else []
-    settings = resolve(config, values, sites=site or []).config
+    resolved = resolve(config, values, sites=site or [])
+    settings = resolved.config
     _for_elastic(settings.launch.elastic, max_ranks, discover)
     if (why := nothing_left(RunDir(Path(settings.directory)), settings, follow_up=follow_up)) is not None:
         _tell(why)
         return 0
+    check_classes(resolved)
     plan = make_plan(settings, [os.path.abspath(settings.directory)])
     plan_of(settings, plan.job.ranks)
     plan = plan.with_env(time_limit(settings.stop))
@@ -153,20 +156,22 @@ def submit(
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Only print what would be submitted.")] = False,
 ) -> int:
     """Submit a run to Slurm, and print its batch script."""
+    from harness.named import check_classes
     from harness.resolve import resolve
     from launch.submit import submit as submit_runs
     from launch.submit import sweeps
 
-    values = overrides or []
-    settings = resolve(config, values, sites=site or []).config
-    if not sweep:
-        return submit_runs([settings], chain=chain, dry_run=dry_run)
-    parent = Path(settings.directory)
-    configs = [
-        resolve(config, [*values, *one.overrides, f"run_dir={parent / one.name}"], sites=site or []).config
-        for one in sweeps(sweep)
-    ]
-    return submit_runs(configs, parent=parent, chain=chain, dry_run=dry_run)
+    values, parent = overrides or [], None
+    resolved = [resolve(config, values, sites=site or [])]
+    if sweep:
+        parent = Path(resolved[0].config.directory)
+        resolved = [
+            resolve(config, [*values, *one.overrides, f"run_dir={parent / one.name}"], sites=site or [])
+            for one in sweeps(sweep)
+        ]
+    for one in resolved:
+        check_classes(one, in_job=True)
+    return submit_runs([one.config for one in resolved], parent=parent, chain=chain, dry_run=dry_run)
 
 
 @app.command()

@@ -423,6 +423,14 @@ KINDS = [
     ("horovod: {fusion: 12 parsecs}", "horovod.fusion: '12 parsecs' is not a size; write it as 64MB or 8GiB"),
     ("horovod: {cycle_time: [1]}", "horovod.cycle_time: give a duration such as 30s, 10m or 2h"),
     ("schedule: {name: step}", "schedule: schedule step needs every: the number of steps between two reductions"),
+    (
+        "optim: {name: adamm}",
+        "optim.name: 'adamm' is none of gd, sgd, momentum, nesterov, adagrad, rmsprop, adam, adamw,"
+        " nor of the form package.module:Class; did you mean adam?",
+    ),
+    ("optim: {name: Torch.optim}", "optim.name: 'Torch.optim' is none of"),
+    ("optim: {name: 'torch.optim:'}", "optim.name: 'torch.optim:' is none of"),
+    ("optim: {name: ':SGD'}", "optim.name: ':SGD' is none of"),
     ("launch: {hosts: 'a:1', hostfile: h}", "give launch.hosts or launch.hostfile, not both"),
 ]  # fmt: skip
 
@@ -443,7 +451,7 @@ def test_each_kind_of_mistake(write, yaml, message):
         ),
         (BASE.replace("name: x", "name: ''", 1), "a.yaml:1: name: '' does not fit"),
         (BASE.replace("name: x", f"name: {'x' * 101}", 1), "a.yaml:1: name has too many characters, at most 100"),
-        (BASE.replace("name: linear", "name: ''", 1), "a.yaml:3: task.name is empty: A built-in task"),
+        (BASE.replace("name: linear", "name: ''", 1), "a.yaml:3: task.name: '' is none of linear, "),
         (BASE.replace("name: x\n", "", 1), "a.yaml: name is missing: Name of the run"),
         (BASE.replace("  name: linear", "  args: {}", 1), "a.yaml:2: task.name is missing: A built-in task"),
         (
@@ -535,7 +543,7 @@ def test_every_error_kind_that_the_schema_can_give_has_its_own_sentence():
         [[]],
     ]
     wrong += [[0.1] * 3, {}, {"a": []}, {"name": 5}, {"a": 1.5}]
-    least = {"name": "x", "task": {"name": "t"}, "train": {"steps": 1, "global_batch": 1}}
+    least = {"name": "x", "task": {"name": "linear"}, "train": {"steps": 1, "global_batch": 1}}
     seen = set()
     for path in fields():
         for value in wrong:
@@ -601,7 +609,10 @@ CONFIGS = st.fixed_dictionaries(
         "seed": st.integers(0, 2**63 - 1),
         "run_dir": st.none() | TEXT,
         "task": st.fixed_dictionaries(
-            {"name": TEXT.filter(len), "args": st.dictionaries(TEXT, FREE_VALUES, max_size=4)}
+            {
+                "name": st.sampled_from(["linear", "a.b:C", "on:off", "µ:É"]),
+                "args": st.dictionaries(TEXT, FREE_VALUES, max_size=4),
+            }
         ),
         "train": st.fixed_dictionaries(
             {"epochs": POSITIVE, "global_batch": st.integers(1), "clip_norm": st.none() | POSITIVE}
@@ -659,7 +670,11 @@ def test_a_frozen_config_states_every_field_and_keeps_floats(write):
 
 
 def test_what_yaml_cannot_hold_is_not_frozen():
-    values = {"name": "x", "task": {"name": "t", "args": {"f": object()}}, "train": {"steps": 1, "global_batch": 1}}
+    values = {
+        "name": "x",
+        "task": {"name": "linear", "args": {"f": object()}},
+        "train": {"steps": 1, "global_batch": 1},
+    }
     with pytest.raises(ConfigError, match=r"task\.args\.f is a object, which a config file cannot hold"):
         freeze(Config.model_validate(values))
 

@@ -23,6 +23,7 @@ LAUNCH_MAY = {
     "heartbeat",
     "optim",
     "frozen",
+    "named",
     "jsonschema",
     "stop",
     "parallel.groups",

@@ -56,7 +56,6 @@ def test_any_torch_optimizer_by_path() -> None:
 @pytest.mark.parametrize(
     ("settings", "told"),
     [
-        (Optim(name="adamm"), "no built-in optimizer"),
         (Optim(name="torch.optim:Nope"), "cannot be imported"),
         (Optim(name="no.such.module:X"), "cannot be imported"),
         (Optim(name="collections:OrderedDict"), "is not a torch optimizer"),

@@ -72,7 +72,6 @@ def test_any_class_with_three_methods_is_a_task() -> None:
 @pytest.mark.parametrize(
     ("name", "told"),
     [
-        ("digit", "is no built-in task\n  built in are linear, digits"),
         ("gone_task:Line", "there is no module 'gone_task'"),
         ("needy_task:Line", "there is no module 'not_installed_here'"),
         ("good_task:Lime", "the module good_task has no Lime"),

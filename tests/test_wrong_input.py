@@ -83,6 +83,15 @@ WRONG: dict[str, tuple[list[str], int, str]] = {
         78,
         "slurm.time (120 s) is not longer than stop.margin (120 s): the run would stop at once",
     ),
+    "a task that is none": (["run", "run.yaml", "task.name=digit"], 78, "did you mean digits?"),
+    "an optimizer that is none": (["run", "run.yaml", "optim.name=Adamw"], 78, "did you mean adamw?"),
+    "a task of no module": (["run", "run.yaml", "task.name=mein:Mine"], 78, "'mein:Mine': there is no module 'mein' ("),
+    "a task of no class": (["submit", "run.yaml", "task.name=mine:Mein"], 78, "has no Mein (did you mean mine:Mine?)"),
+    "a sweep over an optimizer that is not there": (
+        ["submit", "run.yaml", "--sweep", "optim.name=sgd,torch.optim:Adm"],
+        78,
+        "optim.name 'torch.optim:Adm': the module torch.optim has no Adm",
+    ),
     "no nodes": (["submit", "run.yaml", "slurm.nodes=0"], 78, "slurm.nodes: 0 is out of range"),
     "fewer ranks than nodes": (
         ["submit", "run.yaml", "slurm.nodes=2", "launch.ranks=1"],
