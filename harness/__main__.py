@@ -10,7 +10,9 @@ import argparse
 import hashlib
 import os
 import sys
+from collections.abc import Callable
 from contextlib import suppress
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn
 
@@ -27,6 +29,7 @@ from harness.watchdog import Watchdog
 if TYPE_CHECKING:
     from harness.config import Config
     from harness.elastic import Elastic
+    from harness.job import Job
     from harness.world import World
 
 
@@ -36,7 +39,10 @@ def main() -> None:
     parser.add_argument("config", type=Path, help="a config file, or a run directory to go on with")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="dotted overrides, as optim.lr=3e-4")
     parser.add_argument("--site", action="append", default=[], help="a site file from configs/sites/")
+    parser.add_argument("--measure", metavar="JSON", help="measure steps instead of training (see harness/bench)")
     arguments = parser.parse_args()
+    if arguments.measure is not None:
+        os.dup2(2, 1)  # what is printed meanwhile is no result
     environment: Environment | None = None
     try:
         environment = identify()
@@ -47,7 +53,7 @@ def main() -> None:
         elif environment.local_rank in (0, None):  # or only those of this host, which lacks a file or a variable
             print(f"error on {environment.host}: {error}", file=sys.stderr, flush=True)
         sys.exit(error.code)
-    rank = Rank(config, environment)
+    rank = Rank(config, environment, arguments.measure)
     listen(config.stop.signals)
     try:
         rank.run()
@@ -70,9 +76,10 @@ class Parser(argparse.ArgumentParser):
 class Rank:
     """One process from start to end; holds what a failure report needs at any moment."""
 
-    def __init__(self, config: Config, environment: Environment) -> None:
+    def __init__(self, config: Config, environment: Environment, measure: str | None = None) -> None:
         self.config = config
         self.environment = environment
+        self.measure = measure
         self.run_dir = RunDir(Path(config.directory))
         self.clock = Clock()
         self.attempt: Attempt | None = None
@@ -122,12 +129,12 @@ class Rank:
         assert self.attempt is not None
 
         from harness.job import build
-        from harness.loop import train
 
+        work = self._work()
         job = build(self.config, self.run_dir, self.attempt.number, world, self.clock, elastic)
         job.stop.install()
         try:
-            train(job)
+            work(job)
         except Stopped as stopped:
             job.sinks.record("state", job.progress.step, state="stopped", summary=stopped.message)
             job.sinks.say(str(stopped))
@@ -162,6 +169,16 @@ class Rank:
             if MPI.Is_initialized() and not MPI.Is_finalized():
                 MPI.Finalize()
         os._exit(code)  # nothing is left to do, and atexit hooks of torch or MPI can only hang
+
+    def _work(self) -> Callable[[Job], None]:
+        """What is done with the job."""
+        if self.measure is None:
+            from harness.loop import train
+
+            return train
+        from harness.bench.steps import Request, measure
+
+        return partial(measure, Request.model_validate_json(self.measure))
 
     def _new_attempt(self) -> int:
         from harness.checkpoint.lease import wait_until_free

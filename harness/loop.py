@@ -17,7 +17,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Generator
+from collections.abc import Generator, Iterator
 from contextlib import closing
 
 import torch
@@ -55,19 +55,7 @@ def train(job: Job) -> None:
     ended = due(first, job.config.eval.every) and job.progress.evaluated != first and run_evaluation(job, first)
     with batches_of(job, first) as batches:
         for step in range(first, first if ended else job.steps):
-            job.clock.begin(step)
-            seed_generators(job.config.seed, step, job.world.replica)
-            lr_factor = factor(job.config.schedule, step, job.steps)
-            job.update.begin(lr_factor)
-            losses = job.spread.passes(job, batches)
-            with job.clock("communication"):
-                job.update.synchronize()
-            with job.clock("update"):
-                result = job.update.step()
-                if job.ema is not None and result.taken:
-                    job.ema.update()
-            with job.clock("communication"):
-                job.update.share(step + 1)
+            losses, result = take_step(job, batches, step)
             meter.add(losses)
             job.progress.step = done = step + 1
 
@@ -84,7 +72,7 @@ def train(job: Job) -> None:
                 interval = meter.exchange(job.world, job.clock, sent=job.sent, asked=question(job, pulse))
                 wishes = pulse.hear(done, interval.asked)
                 job.manager.poll()
-                tell(job, interval, done, result, lr_factor, first, started)
+                tell(job, interval, done, result, first, started)
             elif evaluated or saved or pulse.due(done):
                 with job.clock("metrics"):
                     wishes = pulse.hear(done, job.world.exchange(question(job, pulse), "pulse"))
@@ -103,6 +91,23 @@ def train(job: Job) -> None:
                     job.elastic.change(done)
     save(job, job.progress.step, wait=True)  # before anything of the task that may fail
     finish(job, started, first)
+
+
+def take_step(job: Job, batches: Iterator[Batch], step: int) -> tuple[list[torch.Tensor], Step]:
+    """One optimizer step: the losses of its micro batches, and what it did. Collective."""
+    job.clock.begin(step)
+    seed_generators(job.config.seed, step, job.world.replica)
+    job.update.begin(factor(job.config.schedule, step, job.steps))
+    losses = job.spread.passes(job, batches)
+    with job.clock("communication"):
+        job.update.synchronize()
+    with job.clock("update"):
+        result = job.update.step()
+        if job.ema is not None and result.taken:
+            job.ema.update()
+    with job.clock("communication"):
+        job.update.share(step + 1)
+    return losses, result
 
 
 def finish(job: Job, started: float, first: int) -> None:
@@ -222,7 +227,7 @@ def has_stopped_improving(job: Job) -> bool:
     return job.config.eval.stop is not None and job.progress.waited >= job.config.eval.stop.patience
 
 
-def tell(job: Job, interval: Interval, done: int, result: Step, lr_factor: float, first: int, started: float) -> None:
+def tell(job: Job, interval: Interval, done: int, result: Step, first: int, started: float) -> None:
     """Hand an interval's numbers to the sinks."""
     steps, samples = done - first, steps_in(done, job, first) * job.plan.global_batch
     elapsed = time.perf_counter() - started
@@ -231,7 +236,7 @@ def tell(job: Job, interval: Interval, done: int, result: Step, lr_factor: float
         "train",
         done,
         loss=interval.loss,
-        lr=job.update.base_lrs[0] * lr_factor,
+        lr=job.update.base_lrs[0] * factor(job.config.schedule, done - 1, job.steps),
         grad_norm=result.grad_norm,
         samples=done * job.plan.global_batch,
         samples_per_s=samples / interval.seconds,

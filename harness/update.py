@@ -173,6 +173,12 @@ class Update:
         """In the block the model (with `state` the optimizer, too) is what all ranks have in common. Collective."""
         return nullcontext()
 
+    def close(self) -> None:
+        """Let go of the model, so that another update can take its steps. Between two steps; local."""
+        if self._reducer is not None:
+            self._reducer.close()
+        self.optimizer.zero_grad()
+
     def entries(self) -> dict[str, Any]:
         """What a checkpoint of this form holds besides model and optimizer; of `OPTIONAL` names only."""
         return {}

@@ -1,4 +1,4 @@
-"""The `harness` command: run, submit, status, logs, stop, show, check, schema, ckpt, data.
+"""The `harness` command: run, submit, status, logs, stop, show, check, schema, bench, ckpt, data.
 
 Parsing and order only; the work is in the other modules.
 
@@ -34,6 +34,8 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
+bench = typer.Typer(no_args_is_help=True, help="Measure here what a run would do.")
+app.add_typer(bench, name="bench")
 app.add_typer(ckpt, name="ckpt")
 app.add_typer(data, name="data")
 
@@ -258,6 +260,30 @@ def check(
         _tell(f"looking at this machine and starting {ranks} ranks, which takes some seconds ...")
     found = check_all(Options(run_dir, ranks, launcher or "auto", timeout))
     return findings(found, as_json=json)
+
+
+@bench.command("train")
+def bench_train(
+    config: ConfigPath,
+    overrides: Overrides = None,
+    ranks: Ranks = None,
+    hosts: Hosts = None,
+    hostfile: Hostfile = None,
+    launcher: Launcher = None,
+    site: Sites = None,
+    rounds: Annotated[int, typer.Option("--rounds", min=2, max=1000, help="Rounds that count.")] = 5,
+    steps: Annotated[
+        int | None, typer.Option("--steps", min=1, help="Steps of each in a round; about half a second's.")
+    ] = None,
+    json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+) -> int:
+    """Measure a config's training on 1, 2, 4, .. N ranks, and Horovod's settings on N. Writes nothing."""
+    from harness.resolve import resolve
+    from launch.bench import train
+
+    values = [*(overrides or []), *_flags(ranks, hosts, hostfile, launcher)]
+    settings = resolve(config, values, sites=site or []).config
+    return train(settings, rounds=rounds, steps=steps, as_json=json)
 
 
 @app.command()

@@ -57,10 +57,12 @@ class Requests:
     """The ranks have been asked to stop."""
     first: str = ""
     """The name of the first signal that came."""
+    at_once: bool = False
+    """Nothing is there to save: every signal ends the ranks. Goes with `asked`."""
 
     def take(self, number: int, frame: FrameType | None) -> None:
         self.first = self.first or signal.Signals(number).name.removeprefix("SIG")
-        if number == signal.SIGINT:
+        if number == signal.SIGINT or self.at_once:
             self.interrupts += 1
         else:
             self.stops += 1
@@ -257,9 +259,9 @@ class _Streams:
 
 
 @contextlib.contextmanager
-def handling() -> Iterator[Requests]:
+def handling(requests: Requests | None = None) -> Iterator[Requests]:
     """Take the signals over that ask for a stop, for as long as the block runs. Main thread only."""
-    requests = Requests()
+    requests = requests or Requests()
     numbers = (signal.SIGINT, *STOP_SIGNALS)
     before = {number: signal.signal(number, requests.take) for number in numbers}
     try:

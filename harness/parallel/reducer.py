@@ -21,6 +21,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils.hooks import RemovableHandle
 
 from harness.errors import ConfigError
 from harness.parallel.buckets import Bucket, Piece, plan_buckets
@@ -76,12 +77,13 @@ class Reducer:
         ]
         self._rows = [_Rows(name, parameter) for name, parameter in trained if name in rows and not dense]
         self._as_rows = [parameter for name, parameter in in_buckets if name in rows]
+        self._hooks: list[RemovableHandle] = []
         for number, filling in enumerate(self._buckets):
             filling.name = f"gradients/{number}"
             for slot, parameter in enumerate(filling.parameters):
-                _when_ready(parameter, self._hook(filling, slot))
+                self._hooks.append(_when_ready(parameter, self._hook(filling, slot)))
         for sparse in self._rows:
-            _when_ready(sparse.parameter, self._rows_hook(sparse))
+            self._hooks.append(_when_ready(sparse.parameter, self._rows_hook(sparse)))
 
     def expect(self) -> None:
         """The next backward pass is the last of this step: its gradients travel."""
@@ -113,6 +115,11 @@ class Reducer:
         if norm:
             self.norm = float(torch.linalg.vector_norm(torch.stack([value.to(norms[-1].device) for value in norms])))
         self._expected = False
+
+    def close(self) -> None:
+        """Let go of the parameters: their gradients stay on their rank, and another Reducer can have them. Local."""
+        for hook in self._hooks:
+            hook.remove()
 
     def _fill(self, bucket: Bucket, members: Sequence[tuple[str, torch.nn.Parameter]]) -> Filling:
         return Filling(bucket, members, self._wire)
@@ -186,8 +193,9 @@ def norm_of(tensor: Tensor) -> Tensor:
     return norm.double()
 
 
-def _when_ready(parameter: torch.nn.Parameter, hook: Callable[[Tensor], None]) -> None:
-    parameter.register_post_accumulate_grad_hook(hook)  # type: ignore[no-untyped-call]
+def _when_ready(parameter: torch.nn.Parameter, hook: Callable[[Tensor], None]) -> RemovableHandle:
+    handle: RemovableHandle = parameter.register_post_accumulate_grad_hook(hook)  # type: ignore[no-untyped-call]
+    return handle
 
 
 class Filling:

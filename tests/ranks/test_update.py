@@ -398,3 +398,20 @@ def test_a_second_gradient_in_one_backward_pass_is_refused(world: World) -> None
     with pytest.raises(ConfigError, match=r"parameter \d\.\w+ got its gradient twice"):
         model(x).pow(2).mean().backward()
     update.synchronize()
+
+
+def test_another_update_takes_over_the_model(world: World) -> None:
+    """After `close` gradients go the way of the new one only, and nothing of the old one's is left."""
+    fresh, used = mlp(), mlp()
+    settings = {"passes": 1, "train": Train(steps=STEPS, global_batch=BATCH), "device": CPU, "ranks": world.size}
+    before = Update(used, torch.optim.SGD(used.parameters(), lr=0.0), horovod=Horovod(bucket=64), **settings)
+    take_steps(before, used, world.rank, world.size)
+    sent = before.sent
+    before.close()
+    for model in (fresh, used):
+        after = Update(model, torch.optim.SGD(model.parameters(), lr=0.05), horovod=Horovod(), **settings)
+        take_steps(after, model, world.rank, world.size)
+    for a, b in zip(fresh.parameters(), used.parameters(), strict=True):
+        assert torch.equal(a, b)
+    assert before.sent == sent
+    equal_on_all(world, used)
