@@ -1,4 +1,5 @@
-"""`harness ckpt`: look at the checkpoints of a run, check, compare, name, go back, delete. Needs neither MPI nor torch.
+"""`harness ckpt`: look at the checkpoints of a run, check, compare, name, go back, delete. Needs neither MPI nor torch,
+but for `bench`, which starts ranks.
 
 RUN is a run directory, its checkpoints directory, or one checkpoint; RUN@WHICH says which: @latest (also without),
 @1200, @best:val/loss, or a tag. `--json` prints one JSON document to stdout and nothing else.
@@ -16,7 +17,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from launch.ckpt_convert import register
+from launch import ckpt_bench, ckpt_convert
 
 if TYPE_CHECKING:
     from harness.checkpoint.select import Place
@@ -298,7 +299,8 @@ def plan(
     show_forecast(found, as_json=as_json)
 
 
-register(app)
+ckpt_convert.register(app)
+ckpt_bench.register(app)
 
 
 def _directory(run: str) -> Path:

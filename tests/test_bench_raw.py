@@ -35,7 +35,7 @@ def test_what_is_written_is_read(data: raw.Bytes, tmp_path: Path, monkeypatch: p
     for way in found:
         path = tmp_path / way
         raw.write(path, data, way)
-        raw.write(path, data, way, offset=SIZE)
+        raw.write(path, data, way, offset=SIZE, threads=2)
         assert path.read_bytes() == data.tobytes() * 2
         for how in found:
             back = raw.aligned(SIZE)

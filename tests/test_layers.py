@@ -29,7 +29,7 @@ LAUNCH_MAY = {
     "parallel.groups",
 }
 """The parts of `harness` that the launcher may use: they import nothing of HEAVY themselves (checked below)."""
-COMMANDS_MAY = LAUNCH_MAY | {"checkpoint"}
+COMMANDS_MAY = LAUNCH_MAY | {"checkpoint", "bench"}
 """The parts that `launch/ckpt*.py` may use: it reads checkpoints, which takes numpy, but only when a command runs."""
 DATA_MAY = LAUNCH_MAY | {"checkpoint", "hdf5data", "partition"}
 """The parts that `launch/data.py` may use, when a command runs."""

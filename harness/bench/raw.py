@@ -14,6 +14,7 @@ import errno
 import mmap
 import os
 from collections.abc import Callable, Iterable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Literal, TypeAlias
 
@@ -24,6 +25,7 @@ from harness.checkpoint.cached import share_in_cache
 
 Way = Literal["odirect", "buffered"]
 Bytes: TypeAlias = "npt.NDArray[np.uint8]"
+PAGE = mmap.PAGESIZE
 PIECE = 64 << 20
 """Bytes of one call."""
 CACHED = 0.05
@@ -33,12 +35,12 @@ _DROP = Path("/proc/sys/vm/drop_caches")
 
 def aligned(size: int) -> Bytes:
     """Zeros that begin at a page, as writes around the page cache want them; whole pages: at least `size` bytes."""
-    return np.frombuffer(mmap.mmap(-1, max(pages(size), mmap.PAGESIZE)), np.uint8)
+    return np.frombuffer(mmap.mmap(-1, max(pages(size), PAGE)), np.uint8)
 
 
 def pages(size: int) -> int:
     """The size in whole pages."""
-    return -(-size // mmap.PAGESIZE) * mmap.PAGESIZE
+    return -(-size // PAGE) * PAGE
 
 
 def ways(folder: Path) -> list[Way]:
@@ -55,14 +57,19 @@ def ways(folder: Path) -> list[Way]:
     return ["odirect", "buffered"]
 
 
-def write(path: Path, data: Bytes, way: Way, *, offset: int = 0) -> None:
+def write(path: Path, data: Bytes, way: Way, *, offset: int = 0, threads: int = 1) -> None:
     """Write whole pages into a file, which is made where it is not there, until file and folder are durable.
 
-    Raises OSError; with "odirect" EINVAL where the file system has no such writes.
+    `threads`: so many parts of it are written at a time. Raises OSError; with "odirect" EINVAL where the file system
+    has no such writes.
     """
     descriptor = _open(path, os.O_WRONLY | os.O_CREAT, way)
+    part = pages(-(-len(data) // threads))
     try:
-        _move(os.pwrite, descriptor, data, offset, path)
+        with ThreadPoolExecutor(threads) as pool:
+            parts = [data[at : at + part] for at in range(0, len(data), part)]
+            starts = range(offset, offset + len(data), part)
+            list(pool.map(lambda one, at: _move(os.pwrite, descriptor, one, at, path), parts, starts))
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
