@@ -118,9 +118,10 @@ def run(
     from harness.named import check_classes
     from harness.resolve import resolve
     from harness.rundir import RunDir, make_root, open_run
+    from launch.finished import nothing_left
     from launch.lock import alone
     from launch.plan import make_plan
-    from launch.requeue import go_on, nothing_left
+    from launch.requeue import go_on
     from launch.start import start
     from launch.timelimit import time_limit
 

@@ -1,8 +1,8 @@
-"""What a Slurm job does besides running: whether a follow-up has anything left to do, and going back into the queue.
+"""What a Slurm job does after a run that was stopped with its state saved: it goes back into the queue.
 
-Called before and after a start by `harness run`; outside a job, or where nothing is to be done, neither says anything.
+Outside a job, or where nothing is to be done, nothing is said. Not here: whether a job has anything left to do
+(`finished.py`).
 
-    if (why := nothing_left(run, config, follow_up=True)): ...
     go_on(run, config)          # after exit code 75
 """
 
@@ -24,26 +24,6 @@ if TYPE_CHECKING:
 
 BY_ITSELF = ("PREEMPTED", "NODE_FAIL", "BOOT_FAIL", "REQUEUED", "PENDING")
 """States of a job that Slurm itself puts back."""
-
-
-def nothing_left(
-    run: RunDir, config: Config, *, follow_up: bool, environ: Mapping[str, str] = os.environ
-) -> str | None:
-    """Why a follow-up job, or a job that Slurm has started again, ends at once; None where it has work to do."""
-    job = jobs.job_of(environ)
-    if not follow_up and (job is None or not job["restarts"]):
-        return None
-    if (by := stopped_by_user(run)) is not None:
-        return f"{run.root} was stopped ({by}): this job ends; go on with: harness submit {shlex.quote(str(run.root))}"
-    status = run.read_status()
-    if status.get("state") != "finished":
-        return None
-    steps, submitted = config.train.steps, read_object(run.root / "submitted.json").get("time")
-    if steps is not None and not (isinstance(status.get("steps"), int) and status["steps"] >= steps):
-        return None  # it is to go on to a later step
-    if isinstance(submitted, (int, float)) and not status.get("time", 0.0) >= submitted:
-        return None  # finished before this job was asked for, which may be for more epochs
-    return f"{run.root} has finished at step {status.get('step')}: this job has nothing left to do"
 
 
 def go_on(run: RunDir, config: Config, environ: Mapping[str, str] = os.environ) -> None:

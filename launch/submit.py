@@ -27,6 +27,7 @@ from harness.errors import ConfigError, Unavailable, UsageError
 from harness.rundir import RunDir, open_run, storage_errors, write_atomic, write_json
 from harness.units import duration
 from launch import jobs
+from launch.finished import finished
 from launch.runs import is_run, look
 from launch.slurm import options, render
 
@@ -177,18 +178,11 @@ def _check(config: Config) -> None:
         raise Unavailable(f"{path} is running already{where}", hint=f"harness stop {shlex.quote(str(path))}")
     if life.state == "queued":
         raise Unavailable(f"{path} waits in the queue already, as job {life.job}", hint=f"scancel {life.job}")
-    if life.state == "finished" and _same_length(config, path):
+    if (step := finished(RunDir(path), config)) is not None:
         raise UsageError(
-            f"{path} has finished at step {life.step}: there is nothing left to do",
+            f"{path} has finished at step {step}: there is nothing left to do",
             hint="a higher train.steps goes on with it; another run_dir begins anew",
         )
-
-
-def _same_length(config: Config, path: Path) -> bool:
-    from harness.resolve import resolve
-
-    frozen = resolve(path).config.train
-    return (frozen.steps, frozen.epochs) == (config.train.steps, config.train.epochs)
 
 
 def _fits(config: Config) -> None:

@@ -177,7 +177,10 @@ def test_ready_scripts_for_one_node_arrays_and_chains(site: Site) -> None:
     again = submitted(site, str(ROOT / "slurm/requeue.sh"), *words, "launch.ranks=1", "run_dir=runs/again")
     for job in (*chain, again, *(f"{array}_{task}" for task in (0, 2))):
         site.ends(job, "COMPLETED")
-    assert "this job has nothing left to do" in (site.folder / f"harness-{chain[1]}.log").read_text()
+    assert (
+        "runs/run is finished: nothing to train after step 4; a higher train.steps goes on"
+        in (site.folder / f"harness-{chain[1]}.log").read_text()
+    )
     found = [path.parent.relative_to(site.folder) for path in site.folder.glob("runs/**/status.json")]
     rates = [f"sweep/optim.lr={rate}" for rate in ("1e-2", "1e-3")]
     assert sorted(map(str, found)) == sorted(f"runs/{name}" for name in ("again", "run", *rates))
@@ -334,7 +337,7 @@ def test_a_chain_goes_on_and_ends_when_the_run_has_finished(site: Site) -> None:
     site.ends(third, "COMPLETED")
     assert site.slurm.state(second) == "COMPLETED"
     assert "resumed from the checkpoint at step" in site.log(second)
-    assert "has finished at step 30: this job has nothing left to do" in site.log(third)
+    assert "is finished: nothing to train after step 30" in site.log(third)
     assert len(RunDir(site.folder / "runs/run").attempts()) == 2
     said = site.harness("submit", "run.yaml", code=64)
     assert "runs/run has finished at step 30: there is nothing left to do" in said
@@ -366,7 +369,7 @@ def test_a_sweep_is_one_array_with_a_run_for_each_value(site: Site) -> None:
     for job in (first, second):
         for task in (0, 1):
             site.ends(f"{job}_{task}", "COMPLETED")
-    assert site.log(f"{second}_").count("has finished at step 30: this job has nothing left to do") == 2
+    assert site.log(f"{second}_").count("is finished: nothing to train after step 30") == 2
     rates = {}
     for name in ("optim.lr=0.05", "optim.lr=3e-2"):
         run = site.folder / "runs/run" / name

@@ -13,7 +13,7 @@ from harness.config import Config
 from harness.errors import UsageError
 from harness.rundir import RunDir, open_run, write_json
 from launch.cli import execute
-from launch.requeue import go_on, nothing_left
+from launch.requeue import go_on
 from launch.submit import sweeps
 
 JOB = {"SLURM_JOB_ID": "17"}
@@ -224,38 +224,6 @@ def test_a_mistake_in_one_run_of_a_sweep_submits_none(here: Path, capsys: pytest
     assert execute(["submit", "run.yaml", "--sweep", "optim.lr=1e-3,much"]) == 78
     assert not (here / "called").exists()
     assert not (here / "runs").exists()
-
-
-@pytest.mark.parametrize(
-    ("state", "fields", "submitted", "over"),
-    [
-        ("finished", {}, None, True),
-        ("finished", {"steps": 6}, None, False),  # the config now asks for 12
-        ("finished", {}, 4000.0, True),
-        ("finished", {}, 6000.0, False),  # submitted after it had finished
-        ("stopped", {}, None, False),
-        ("failed", {}, None, False),
-    ],
-)
-def test_a_follow_up_job_ends_where_the_run_has_finished(
-    state: str, fields: dict[str, Any], submitted: float | None, over: bool
-) -> None:
-    run, config = a_run()
-    ended(run, state, **fields)
-    if submitted is not None:
-        write_json(run.root / "submitted.json", {"jobs": [], "time": submitted})
-    assert (nothing_left(run, config, follow_up=True, environ=JOB) is not None) == over
-    assert nothing_left(run, config, follow_up=False, environ=JOB) is None
-    again = JOB | {"SLURM_RESTART_COUNT": "1"}
-    assert (nothing_left(run, config, follow_up=False, environ=again) is not None) == over
-
-
-@pytest.mark.parametrize(("text", "over"), [("asked by me on x\n", True), ("", True), ("signal\n", False)])
-def test_a_follow_up_job_ends_where_a_person_has_stopped_the_run(text: str, over: bool) -> None:
-    run, config = a_run()
-    ended(run, "stopped")
-    run.stop.write_text(text)
-    assert (nothing_left(run, config, follow_up=True, environ=JOB) is not None) == over
 
 
 @pytest.mark.parametrize("known", ["JobState=RUNNING Reason=None", "JobState=COMPLETING Reason=TimeLimit"])
