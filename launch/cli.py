@@ -46,17 +46,6 @@ def _launcher(value: str | None) -> str | None:
     return value
 
 
-def _time(value: str | None) -> str | None:
-    from harness.units import duration
-
-    if value is not None:
-        try:
-            duration(value)
-        except ValueError as error:
-            raise BadParameter(str(error)) from error
-    return value
-
-
 ConfigPath = Annotated[Path, typer.Argument(metavar="CONFIG", help="A config file, or a run directory to go on with.")]
 RunPath = Annotated[Path, typer.Argument(metavar="RUN", help="A run directory, or a run's name below runs/.")]
 Overrides = Annotated[list[str] | None, typer.Argument(metavar="KEY=VALUE", help="Values to set, as optim.lr=3e-4.")]
@@ -100,9 +89,7 @@ def run(
     hostfile: Hostfile = None,
     launcher: Launcher = None,
     site: Sites = None,
-    time: Annotated[
-        str | None, typer.Option("--time", metavar="1h", callback=_time, help="Save and stop in so long.")
-    ] = None,
+    time: Annotated[str | None, typer.Option("--time", metavar="1h", help="Save and stop in so long.")] = None,
     follow_up: Annotated[
         bool, typer.Option("--follow-up", help="A job of a chain: end where the run is over.")
     ] = False,

@@ -66,8 +66,12 @@ WRONG: dict[str, tuple[list[str], int, str]] = {
     "stop of nothing": (["stop", "nope"], 66, "there is no run nope"),
     "stop of a file": (["stop", "file"], 66, "file is not a run directory"),
     "a wait that is no time": (["stop", "runs/new", "--timeout", "soon"], 64, "valid number"),
-    "a time that is none": (["run", "run.yaml", "--time", "soon"], 64, "'soon' is not a duration"),
-    "a negative time": (["run", "run.yaml", "--time", "-5m"], 64, "'-5m' is not a duration"),
+    "a time that is none": (
+        ["run", "run.yaml", "--time", "soon"],
+        78,
+        "command line: stop.time: 'soon' is not a duration",
+    ),
+    "a negative time": (["run", "run.yaml", "--time", "-5m"], 78, "command line: stop.time: '-5m' is not a duration"),
     "less time than the margin": (
         ["run", "run.yaml", "--time", "4s"],
         78,
