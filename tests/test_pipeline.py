@@ -15,6 +15,7 @@ from harness.config import Config
 from harness.errors import ConfigError, Unavailable
 from harness.parallel.pipeline import balanced, check, schedule
 from harness.parallel.wire import Wire
+from harness.seeds import Draws
 from harness.task import Task
 
 
@@ -110,3 +111,21 @@ def test_stages_times_parts_are_a_replica() -> None:
     for changes, told in (({"horovod": {"op": "adasum"}}, "adasum"), ({"optim": {"name": "torch.optim:Muon"}}, "Muon")):
         with pytest.raises(ValueError, match=rf"does not go with .*{told}"):
             Config.model_validate({**run, **changes, "parallel": {"pipeline": 2}})
+
+
+def test_what_a_layer_draws_depends_on_its_number_and_not_on_the_others() -> None:
+    """Nor on what was drawn meanwhile; evaluations draw as torch does."""
+    twice = nn.Dropout(0.5)
+    layers = [nn.Dropout(0.5), nn.Dropout(0.5), nn.Dropout(0.5), twice, twice]
+    draws, x = Draws(layers), torch.ones(64)
+    draws.key = 1, 2, 3
+    first, second, third, fourth, fifth = [layer(x) for layer in layers]
+    masks = torch.stack([first, second, third, fourth, fifth]).unique(dim=0)
+    assert len(masks) == 5, "all draw their own"
+    torch.rand(5)
+    assert torch.equal(layers[2](x), third) and torch.equal(layers[1](x), second)
+    draws.key = 1, 2, 4
+    assert not torch.equal(layers[1](x), second)
+    layers[1].eval()
+    state = torch.get_rng_state()
+    assert torch.equal(layers[1](x), x) and torch.equal(torch.get_rng_state(), state)

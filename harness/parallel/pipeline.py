@@ -26,7 +26,6 @@ from harness.data import Batch, to_device
 from harness.errors import ConfigError
 from harness.parallel.groups import Group
 from harness.parallel.wire import Wire
-from harness.seeds import seed_generators
 
 if TYPE_CHECKING:
     from harness.job import Job
@@ -57,10 +56,10 @@ class Pipeline:
     def __call__(self, job: Job, batches: Iterator[Batch]) -> list[Tensor]:
         """All micro batches of a step; their losses, on all stages. Collective in the replica."""
         assert job.clock.step is not None
-        # a seed for each stage: their layers must not draw the same
-        seed_generators(job.config.seed, job.clock.step, job.world.replica, self.stages.index)
         losses: list[Tensor] = []
         for way, number in schedule(self.stages.index, self.stages.size, job.plan.passes):
+            # also backward, where layers may be computed a second time
+            job.spread.draws.key = job.config.seed, job.clock.step, job.world.replica, number
             if way == "backward":
                 with job.clock("forward/backward"):
                     self._backward(job, number)

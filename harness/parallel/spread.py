@@ -8,7 +8,7 @@ spread.passes, spread.whole   how a step's micro batches go through it, and how 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from torch import nn
 
@@ -19,6 +19,7 @@ from harness.parallel.tensor import cut
 from harness.parallel.traffic import Traffic
 from harness.parallel.wire import Wire
 from harness.passes import Passes, one_by_one
+from harness.seeds import Draws
 from harness.task import Task
 from harness.world import World
 
@@ -34,6 +35,8 @@ class Spread:
     """Names of parameters of which the ranks of a stage have different parts."""
     passes: Passes
     whole: nn.Module
+    draws: Draws = field(default_factory=Draws)
+    """Of its layers, where they are known."""
     traffic: tuple[Traffic, ...] = ()
 
     @property
@@ -48,12 +51,13 @@ def make_model(task: Task, world: World) -> Spread:
     model = task.model()
     regions: dict[str, Region] = {**cut(model, task.model_group)}
     parts = frozenset(regions)
+    layers = _layers(task, model, needed=world.groups.stages.size > 1)
     passes: Passes = one_by_one
     whole = model
     traffic: tuple[Traffic, ...] = (task.model_group.traffic,)
     if world.groups.stages.size > 1:
         wire = Wire(world.comm.mpi, world.device)
-        passes = pipeline = Pipeline(model, task.sequence(model), world.groups.stages, wire)
+        passes = pipeline = Pipeline(model, layers, world.groups.stages, wire)
         regions, whole = pipeline.keep(model, regions), pipeline.whole
         traffic += (wire.traffic,)
     if regions and type(task).export is not Task.export:
@@ -61,4 +65,14 @@ def make_model(task: Task, world: World) -> Spread:
             f"task {type(task).__name__} exports its model on rank 0, which has only a part of it (section parallel)",
             hint="train without, or write a task without export; `harness ckpt export` writes whole models",
         )
-    return Spread(model, regions, parts, passes, whole, traffic)
+    return Spread(model, regions, parts, passes, whole, Draws(layers), traffic)
+
+
+def _layers(task: Task, model: nn.Module, *, needed: bool) -> list[nn.Module]:
+    """The model's layers in sequence; none where they are not known, which raises ConfigError where they are needed."""
+    try:
+        return task.sequence(model)
+    except ConfigError:
+        if needed:
+            raise
+        return []

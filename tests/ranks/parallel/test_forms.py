@@ -84,8 +84,6 @@ def test_all_forms_have_the_same_losses_and_norms(world: World, regrouped: Regro
 def test_dropout_for_a_comparison_by_the_number_of_replicas(world: World, regrouped: Regroup) -> None:
     """Replicas draw their own masks, the ranks of one the same: `tests/test_parallel.py` compares 1 x 4 with 1 x 1."""
     for form in forms(world):
-        if "pipeline" in form:  # whose stages have seeds of their own
-            continue
         path = directory(world, f"dropout-{label(form)}")
         args = {**CHANGES["task.args"], "dropout": 0.3}
         here = regrouped(**form)
