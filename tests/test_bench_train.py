@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from support import ROOT, needs_mpirun
+from support import ROOT, needs_mpirun, ranks
 
 from harness.batch import plan_of
 from harness.bench.tried import tried
@@ -230,3 +230,26 @@ def test_efficiency_is_per_rank_and_against_the_fewest() -> None:
     )
     assert scaling(four, one)["samples_per_s"] == pytest.approx(160)
     assert scaling(four, one)["efficiency"] == pytest.approx(0.5)
+
+
+@needs_mpirun
+@pytest.mark.mpi
+@pytest.mark.parametrize("name", ["train", "behind"])
+def test_our_own_benchmarks_work(name: str, tmp_path: Path) -> None:
+    """All contenders, and what they have computed is compared; not how long it takes."""
+    done = ranks(2, [str(ROOT / f"tests/bench/{name}.py"), "--quick"], cwd=tmp_path)
+    assert done.returncode == 0, done.stdout + done.stderr
+    rows = {"train": ("DDP", "Horovod's example", "harness"), "behind": ("background", "lazy")}[name]
+    assert all(f"\n| {row} | " in done.stdout for row in rows)
+    assert not list(tmp_path.iterdir())
+
+
+@needs_mpirun
+@pytest.mark.mpi
+@pytest.mark.timeout(600)
+def test_our_benchmark_of_starts_works(tmp_path: Path) -> None:
+    argv = [sys.executable, str(ROOT / "tests/bench/starts.py"), "--quick"]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    done = subprocess.run(argv, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=500, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "| `harness ckpt ls` of 3 checkpoints | " in done.stdout
