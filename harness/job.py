@@ -101,7 +101,7 @@ class Job:
         )
 
     def _part(self, name: str, tensor: torch.Tensor) -> torch.Tensor | Shard:
-        region = self.spread.regions.get(name)
+        region = self.spread.regions.get(name) or self.update.regions.get(name)
         return tensor if region is None else Shard(tensor, region)
 
     def shown(self) -> AbstractContextManager[None]:
@@ -183,6 +183,7 @@ def build(config: Config, run: RunDir, attempt: int, world: World, clock: Clock,
         ends=deadline(config.stop.time) if world.is_root else None,
         margin=config.stop.margin,
     )
+    update = make_update(config, spread, task.parameters(model), plan, world, order, stop, elastic=elastic is not None)
     sinks = open_sinks(config, run, attempt=attempt, world_size=world.size, steps=steps) if world.is_root else Sinks([])
     job = Job(
         config=config,
@@ -210,10 +211,8 @@ def build(config: Config, run: RunDir, attempt: int, world: World, clock: Clock,
         plan=replace(plan, passes=0) if serves else plan,
         spread=spread,
         steps=steps,
-        update=make_update(
-            config, spread, task.parameters(model), plan, world, order, stop, elastic=elastic is not None
-        ),
-        ema=Ema(model, config.train.ema) if config.train.ema is not None else None,
+        update=update,
+        ema=Ema(model, config.train.ema, update.sharded) if config.train.ema is not None else None,
         manager=Manager(
             run.checkpoints,
             comm=world.comm,

@@ -88,7 +88,7 @@ class Update:
         self._adasum: list[tuple[str, torch.nn.Parameter]] | None = None
         self._steps_sent = 0.0
         self._ranks = ranks
-        self._sharded = sharded
+        self.sharded = sharded
         self._reducer: Reducer | None = sharded
         if ranks > 1 and sharded is None:
             held = [parameter for group in optimizer.param_groups for parameter in group["params"]]
@@ -102,7 +102,7 @@ class Update:
     @property
     def regions(self) -> dict[str, Flat]:
         """Which elements of a parameter this rank's optimizer has, by the parameter's name; empty: all of all."""
-        return {} if self._sharded is None else self._sharded.regions
+        return {} if self.sharded is None else self.sharded.regions
 
     def autocast(self) -> Any:
         """The context of the forward pass; parameters stay fp32 (Horovod reduces no bf16)."""
@@ -147,8 +147,8 @@ class Update:
         taken = finite or self.train.nonfinite == "ignore"
         if taken:
             self._clip(norm)
-            if self._sharded is not None:
-                self._sharded.load()
+            if self.sharded is not None:
+                self.sharded.load()
         if self.scaler is not None:
             if taken:
                 self.scaler.step(self.optimizer)  # skips by itself where it found an infinity
@@ -157,8 +157,8 @@ class Update:
             self.optimizer.step()
         if taken or self.train.nonfinite == "skip" or self.scaler is not None:
             self.optimizer.zero_grad()
-        if taken and self._sharded is not None:
-            self._sharded.gather()
+        if taken and self.sharded is not None:
+            self.sharded.gather()
         return Step(norm, finite, taken)
 
     @property
@@ -188,7 +188,7 @@ class Update:
 
     def _unscaled_norm(self) -> float | None:
         """Undo the scaler's factor; the gradient's norm, None where nobody needs it."""
-        scale, sharded = 1.0, self._sharded
+        scale, sharded = 1.0, self.sharded
         if self.scaler is not None:
             scale = self.scaler.get_scale()
             if sharded is not None and sharded.norm - sharded.norm != 0.0:

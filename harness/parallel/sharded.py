@@ -17,7 +17,7 @@ between nodes. What is not here: who is in which group (`groups.py`).
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -84,6 +84,11 @@ class Sharded(Reducer):
         return [group(found) for found in parameters]
 
     @property
+    def slices(self) -> dict[str, torch.nn.Parameter]:
+        """This rank's slice of each parameter that is cut, by the parameter's name."""
+        return {name: own for part in self._parts for name, own in zip(part.names, part.slices, strict=True)}
+
+    @property
     def regions(self) -> dict[str, Flat]:
         """Which elements of each parameter this rank's slice holds."""
         return {
@@ -131,22 +136,22 @@ class Sharded(Reducer):
                     own.copy_(parameter.detach().reshape(-1)[lo:hi])
 
     @torch.no_grad()
-    def gather(self) -> None:
-        """The parameters take all ranks' slices. Collective."""
+    def gather(self, slices: Mapping[str, Tensor] | None = None) -> None:
+        """The parameters take all ranks' slices, or what is given in their place. Collective."""
         for number, part in enumerate(self._parts):
             for ahead in self._parts[number : number + AT_ONCE]:
                 if ahead.handle is None:
-                    ahead.handle = self._start_gathering(ahead)
+                    ahead.handle = self._start_gathering(ahead, ahead.buffer if slices is None else ahead.pack(slices))
             whole = wait(part.handle).view(part.buffer.dtype)
             part.handle = None
             for parameter, at in zip(part.parameters, part.bucket.offsets, strict=True):
                 parameter.copy_(whole[at : at + parameter.numel()].view(parameter.shape))
 
-    def _start_gathering(self, part: _Part) -> Any:
+    def _start_gathering(self, part: _Part, share: Tensor) -> Any:
         import horovod.torch as hvd
 
         # Horovod knows no bf16, but bits are bits
-        bits = part.buffer.view(torch.int16) if part.buffer.dtype == torch.bfloat16 else part.buffer
+        bits = share.view(torch.int16) if share.dtype == torch.bfloat16 else share
         self.sent += allgather_bytes(bits.nbytes, self._shards.size)
         return hvd.allgather_async(bits, name=f"parameters/{part.name}", **self._where)
 
@@ -203,6 +208,13 @@ class _Part(Filling):
         """Views of each parameter's elements in a rank's part of the bucket."""
         sizes = [hi - lo for lo, hi in self.held]
         return torch.split(share, [*sizes, self.length - sum(sizes)])[:-1]
+
+    def pack(self, slices: Mapping[str, Tensor]) -> Tensor:
+        """A rank's part of the bucket that holds these, by the parameters' names."""
+        share = torch.zeros_like(self.buffer)
+        for name, own in zip(self.names, self.own(share), strict=True):
+            own.copy_(slices[name])
+        return share
 
     @property
     def sum(self) -> Tensor:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -11,13 +12,14 @@ from typing import Any
 import horovod.torch as hvd
 import pytest
 import torch
-from test_training import assert_same_bits, bits, directory, finish, settings, start, stop_at
+from test_training import OUT, assert_same_bits, bits, directory, finish, records, settings, start, stop_at
 from test_update import BATCH, CPU, STEPS, Branches, conv, data, equal_on_all, mlp, take_steps
 from test_update import train as train_whole
 
 from harness.checkpoint import Manager, Single, State
 from harness.config import Horovod, Optim, Train
 from harness.errors import ConfigError
+from harness.loop import restore
 from harness.optim import BUILT_IN, make_optimizer
 from harness.parallel.groups import Groups, arrange, groups_of
 from harness.parallel.settings import ELEMENTWISE
@@ -285,5 +287,38 @@ def test_a_run_with_shards_repeats_and_goes_on_by_bits(world: World) -> None:
         dataclasses.replace(world, groups=none), settings("digits", directory(world, "sharded-whole"), **common)
     )
     finish(whole)
+    near = functools.partial(torch.testing.assert_close, rtol=1e-3, atol=1e-5)
     for a, b in zip(straight.model.parameters(), whole.model.parameters(), strict=True):
-        torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-5)
+        near(a, b)
+    assert straight.ema is not None and whole.ema is not None
+    mine = sum(tensor.numel() for tensor in straight.ema.shadow.values())
+    assert sum(int(str(told)) for told in world.comm.all_gather(mine)) == sum(
+        p.numel() for p in whole.model.parameters()
+    )
+    before = [parameter.detach().clone() for parameter in straight.model.parameters()]
+    with straight.ema.applied():
+        for name, parameter in straight.model.named_parameters():
+            near(parameter, whole.ema.shadow[name])
+    assert_same_bits([parameter.detach() for parameter in straight.model.parameters()], before)
+    if world.is_root:
+        evals = [
+            [record["loss"] for record in records(OUT / f"{world.size}-sharded-{name}", "eval")]
+            for name in ("straight", "whole")
+        ]
+        assert len(evals[0]) == 2
+        assert evals[0] == pytest.approx(evals[1], rel=1e-4)
+    # what one form has saved the other goes on from, and back: averages, too
+    ahead = start(
+        dataclasses.replace(world, groups=none), settings("digits", OUT / f"{world.size}-sharded-resumed", **common)
+    )
+    assert restore(ahead) == 8
+    assert ahead.ema is not None
+    for name, value in ahead.ema.shadow.items():
+        near(value, whole.ema.shadow[name])
+    ahead.close()
+    back = start(world, settings("digits", OUT / f"{world.size}-sharded-whole", **cut))
+    assert restore(back) == 8
+    assert back.ema is not None
+    for name, value in back.ema.shadow.items():
+        near(value, straight.ema.shadow[name])
+    back.close()
