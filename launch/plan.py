@@ -131,10 +131,6 @@ def make_plan(
 def _elastic(config: Config, ranks: int) -> Elastic:
     if config.launch.launcher not in ("auto", "horovodrun"):
         raise ConfigError(f"launch.elastic goes with the launcher horovodrun, not with {config.launch.launcher}")
-    if config.parallel.model > 1:
-        raise ConfigError("launch.elastic goes with parallel.model=1 only: a part of a model is of no use alone")
-    if config.parallel.optimizer_shards != "none":
-        raise ConfigError("launch.elastic does not go with parallel.optimizer_shards: a lost rank's slices are lost")
     if config.horovod.cycle_time is not None:
         raise ConfigError(
             "launch.elastic does not go with horovod.cycle_time: Horovod 0.28 crashes when it is started again with it"

@@ -25,6 +25,7 @@ def check_parallel(config: Config) -> None:
                 "train.precision=fp16": config.train.precision == "fp16",
                 "train.ema": config.train.ema is not None,
                 "checkpoint.mode=lazy": config.checkpoint.mode == "lazy",
+                "launch.elastic": config.launch.elastic,
             },
         )
     if config.parallel.strategy == "parameter_server":
@@ -38,6 +39,7 @@ def check_parallel(config: Config) -> None:
                 "train.clip_norm": config.train.clip_norm is not None,
                 "train.clip_value": config.train.clip_value is not None,
                 "checkpoint.mode=lazy": config.checkpoint.mode == "lazy",
+                "launch.elastic": config.launch.elastic,
                 f"optim.name={config.optim.name}": not _elementwise(config.optim.name),
             },
         )
@@ -46,6 +48,7 @@ def check_parallel(config: Config) -> None:
             f"parallel.optimizer_shards={config.parallel.optimizer_shards} cuts parameters anywhere",
             {
                 "horovod.op=adasum": config.horovod.op == "adasum",
+                "launch.elastic": config.launch.elastic,
                 f"optim.name={config.optim.name}": not _elementwise(config.optim.name),
             },
         )
