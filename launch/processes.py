@@ -33,7 +33,8 @@ def ranks(program: Sequence[str], run_id: str) -> set[int]:
     running = {
         pid for pid in _all() if _words(pid, "cmdline")[: len(wanted)] == wanted and mark in _words(pid, "environ")
     }
-    return {pid for pid in running if _parent(pid) not in running}
+    # A rank starts others, which look like it until they run a program of their own: one may be gone already.
+    return {pid for pid in running if _parent(pid) not in {None, *running}}
 
 
 def runs(pid: int) -> bool:

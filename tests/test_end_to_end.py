@@ -151,7 +151,6 @@ def test_the_frozen_config_goes_on_with_the_run(folder: Path) -> None:
 
 @pytest.mark.parametrize("rank", [0, 1])
 def test_an_exception_on_one_rank_is_the_cause_that_is_told(folder: Path, rank: int) -> None:
-    began = time.monotonic()
     done = run(folder, "run.yaml", "task.name=tasks_for_tests:Raises", f"task.args.rank={rank}", "-n", "2")
     assert done.returncode == 1
     cause = error(folder)
@@ -166,7 +165,6 @@ def test_an_exception_on_one_rank_is_the_cause_that_is_told(folder: Path, rank: 
     assert "MPI_ABORT" not in told
     assert "mpirun" not in told.replace(str(folder), "")
     nobody_is_left(folder)
-    assert time.monotonic() - began < 60
     status = json.loads((folder / "runs/run/status.json").read_text())
     assert status["state"] == "failed"
 
