@@ -36,9 +36,8 @@ def forked() -> Iterator[tuple[int, int]]:
 
 
 def test_what_a_rank_forks_is_no_rank(forked: tuple[int, int]) -> None:
-    rank, child = forked
-    assert processes.members(-1, "a-start") == sorted(forked)
-    assert processes.ranks([sys.executable, "-c"], "a-start") == {rank}
+    assert set(processes.members(-1, "a-start")) == set(forked)
+    assert processes.ranks([sys.executable, "-c"], "a-start") == {forked[0]}
 
 
 def test_a_fork_that_ends_while_it_is_looked_at_is_no_rank(
