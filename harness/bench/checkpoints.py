@@ -61,7 +61,7 @@ def measure(wanted: Wanted, folder: Path, comm: Comm, told: Callable[..., None])
     if "mpio" in (name.partition("-")[0] for name in wanted.engines) and (problem := unavailable(comm)):
         missing = {name: problem for name in wanted.engines if name.startswith("mpio")}
     engines = [name for name in wanted.engines if name not in missing]
-    plain = Plain(folder, comm, training)
+    plain = Plain(folder, comm, training.nbytes)
     ours: dict[str, Ours] = {}
     contenders = [Contender("plain writes and reads", plain.work)]
     for name in engines:
@@ -86,9 +86,9 @@ def measure(wanted: Wanted, folder: Path, comm: Comm, told: Callable[..., None])
 class Plain:
     """The limit: this rank's share of the bytes, in a file of its own; and what memory alone costs."""
 
-    def __init__(self, folder: Path, comm: Comm, training: Training) -> None:
+    def __init__(self, folder: Path, comm: Comm, size: int) -> None:
         self.folder, self.comm = folder, comm
-        self.share = raw.pages(-(-training.nbytes // comm.size))
+        self.share = raw.pages(-(-size // comm.size))
         self.data, self.copy = raw.aligned(self.share), raw.aligned(self.share)
         self.data[:] = np.random.default_rng(comm.rank).integers(0, 256, len(self.data), np.uint8)
         self.ways = raw.ways(folder)

@@ -1,0 +1,92 @@
+"""Saves and restores of our checkpoints and of what users pick today, beside plain reads and writes; one Markdown page.
+
+    python tests/bench/checkpoints.py --out figures/checkpoints.md                  # all of it; about half an hour
+    python tests/bench/checkpoints.py --scale 0.25 --ranks 2 --rounds 3             # a few minutes
+    python tests/bench/checkpoints.py --quick                                       # seconds; its figures mean nothing
+
+Starts `saving.py` by mpirun on each number of ranks. It needs an otherwise idle machine, a disk with 4 GB free under
+--directory, and memory for a state of 1.5 GB, and as much again, on every rank. Nothing here passes or fails by its
+speed, but for wrong bytes. matplotlib (`pip install harness[bench]`) adds plots.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import shlex
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+from figures import page, plot
+from workloads import NAMES
+
+HERE = Path(__file__).resolve().parent
+ENVIRONMENT = {
+    "OMPI_MCA_io": "romio321",
+    "OMPI_MCA_rmaps_base_oversubscribe": "1",
+    "OMPI_MCA_hwloc_base_binding_policy": "none",
+    "OMPI_MCA_mpi_yield_when_idle": "1",
+    "OMP_NUM_THREADS": "1",
+    "TORCHSNAPSHOT_DISABLE_TELEMETRY": "1",
+}
+
+
+def run(ranks: int, folder: Path, args: argparse.Namespace) -> list[dict[str, Any]]:
+    """One job. Raises SystemExit where it fails."""
+    out = folder / "found.json"
+    options = ["--folder", str(folder / "data"), "--out", str(out), "--scale", str(args.scale)]
+    options += ["--rounds", str(args.rounds), "--slowdown", str(args.slowdown), *args.workloads]
+    root = ["--allow-run-as-root"] if os.geteuid() == 0 else []
+    command = ["mpirun", *root, "-np", str(ranks), sys.executable, str(HERE / "saving.py"), *options]
+    path = os.pathsep.join([str(HERE.parent.parent), os.environ.get("PYTHONPATH", "")]).rstrip(os.pathsep)
+    (folder / "data").mkdir()
+    with subprocess.Popen(command, env={**os.environ, **ENVIRONMENT, "PYTHONPATH": path}) as job:
+        try:
+            code = job.wait(args.timeout)
+        except subprocess.TimeoutExpired:
+            raise SystemExit(f"{ranks} ranks did not come to an end in {args.timeout} s") from None
+        finally:
+            job.terminate()  # also where this one is: mpirun ends its ranks then
+    if code:
+        raise SystemExit(f"{shlex.join(command)} ended with code {code}")
+    shutil.rmtree(folder / "data")
+    found: list[dict[str, Any]] = json.loads(out.read_text())
+    return found
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--out", type=Path, default=Path("checkpoints.md"), help="the page; plots go beside it")
+    parser.add_argument("--directory", type=Path, default=Path("."), help="on the file system to measure")
+    parser.add_argument("--ranks", type=int, nargs="+", default=[1, 2, 4])
+    parser.add_argument("--workloads", nargs="+", choices=NAMES, default=list(NAMES))
+    parser.add_argument("--scale", type=float, default=1.0, help="of the bytes")
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--slowdown", type=float, default=3.0, help="seconds of training per round; 0: none")
+    parser.add_argument("--timeout", type=float, default=3600.0, help="seconds for a job")
+    parser.add_argument("--quick", action="store_true", help="tiny states, one round, two ranks: is all of it right?")
+    args = parser.parse_args()
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # what was started is ended, and removed, before
+    if args.quick:
+        args.ranks, args.scale, args.rounds, args.slowdown = [2], 0.002, 1, 0.1
+    results = []
+    with tempfile.TemporaryDirectory(prefix=".bench-checkpoints-", dir=args.directory) as folder:
+        for ranks in args.ranks:
+            results += run(ranks, Path(folder), args)
+    args.out.parent.mkdir(parents=True, exist_ok=True)
+    picture = args.out.with_suffix(".png")
+    drawn = plot(results, picture)
+    args.out.with_suffix(".json").write_text(json.dumps(results))
+    command = shlex.join(["python", "tests/bench/checkpoints.py", *sys.argv[1:]])
+    args.out.write_text(page(results, command, picture.name if drawn else None, judged=not args.quick))
+    print(f"wrote {args.out}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,200 @@
+"""The ranks of `checkpoints.py`: all contenders save and restore each workload, in turns, in rounds.
+
+    mpirun -np 2 python tests/bench/saving.py --folder scratch --out found.json --scale 0.1 --rounds 3 A B
+
+In each round and for each contender: other numbers, a save until files and folders are synced, a restore with the page
+cache dropped before, one more, and after each a look whether all bytes are what was saved. The limit is what the same
+ranks reach with plain writes and reads of the same bytes. Rank 0 writes the seconds of the slowest rank as JSON.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import shutil
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import psutil
+import torch
+from contenders import Absent, Way, ways, world
+from slowdown import Slowdown
+from workloads import NAMES, Workload, make
+
+from harness.bench import raw
+from harness.bench.checkpoints import Plain
+from harness.bench.contents import change, digest, wipe
+from harness.bench.rounds import Contender, run_rounds, timed
+from harness.bench.saves import Ours, total, traffic
+from harness.checkpoint.comm import Mpi
+from harness.checkpoint.engines.filesystem import filesystem
+
+WITH_BB = ("rank-0 torch.save",)
+"""What saves BB besides ours: it is there for the first save of many tensors."""
+
+
+class Theirs:
+    """One contender, for `run_rounds`."""
+
+    def __init__(self, way: Way, folder: Path, workload: Workload, comm: Mpi) -> None:
+        self.way, self.folder, self.workload, self.comm = way, folder, workload, comm
+
+    def work(self, number: int) -> dict[str, float]:
+        tensors, name = self.workload.training.tensors, self.way.name
+        change(tensors)
+        _fresh(self.folder)
+        watch = Memory() if number == 0 else None
+        held: list[float | None] = []
+        seconds = timed(lambda: held.append(self.way.save(self.folder, self.workload)), self.comm)
+        found = {f"save {name}": seconds, f"held up {name}": seconds if held[0] is None else held[0]}
+        if watch is not None:
+            found[f"memory {name}"] = watch.added()
+        saved = digest(tensors)
+        files = [path for path in self.folder.rglob("*") if path.is_file()]
+        for kind, restore in self.way.restores.items():
+            for heat in ("cold", "warm"):
+                self.comm.barrier()
+                if heat == "cold":
+                    raw.drop(files)
+                wipe(tensors)
+                before = traffic()
+                found[f"{heat} {kind}"] = timed(lambda: restore(self.folder, self.workload), self.comm)  # noqa: B023
+                if heat == "cold":
+                    found[f"device {kind}"] = total(before, traffic(), self.comm).device
+                _compare(saved, tensors, f"{name}, {kind}")
+        _fresh(self.folder)
+        return found
+
+
+class OursToo:
+    """One of our engines, for `run_rounds`."""
+
+    def __init__(self, ours: Ours, *, restores: bool) -> None:
+        self.ours, self.restores = ours, restores
+
+    def work(self, number: int) -> dict[str, float]:
+        name, ours = self.ours.name, self.ours
+        watch = Memory() if number == 0 else None
+        found = ours.save(number)
+        if watch is not None:
+            found[f"memory {name}"] = watch.added()
+        if self.restores:
+            found |= {key.replace("restore ", "") + " ours": value for key, value in ours.restore(number).items()}
+            found["device ours"], found["called ours"] = ours.read.device, ours.read.called
+        return found
+
+
+class Memory:
+    """How much more memory this process has had at its peak than when this was made, in bytes. Linux."""
+
+    def __init__(self) -> None:
+        Path("/proc/self/clear_refs").write_text("5")  # the peak is what there is now
+        self.before = psutil.Process().memory_info().rss
+
+    def added(self) -> float:
+        lines = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines())
+        return float(int(lines["VmHWM"].split()[0]) * 1024 - self.before)
+
+
+def _compare(saved: str, tensors: Any, what: str) -> None:
+    if digest(tensors) != saved:
+        raise AssertionError(f"rank {world.rank}: {what}: what was restored is not what was saved")
+
+
+def _fresh(folder: Path) -> None:
+    """Empty, on all ranks."""
+    world.Barrier()
+    if world.rank == 0:
+        shutil.rmtree(folder, ignore_errors=True)
+        folder.mkdir(parents=True)
+        raw.sync_folder(folder.parent)
+    world.Barrier()
+
+
+def tried(others: list[Way | Absent], folder: Path, comm: Mpi) -> list[Way | Absent]:
+    """The same; those that fail with a small state, here and now, are absent for that reason."""
+    found: list[Way | Absent] = []
+    for way in others:
+        problem = None
+        if isinstance(way, Way):
+            try:
+                Theirs(way, folder / "tried", make("D", 0.0001, comm.rank, comm.size), comm).work(1)
+            except Exception as error:
+                problem = f"{type(error).__name__}: {error}"[:300]
+        told = [str(one) for one in comm.all_gather(problem) if one is not None]
+        found.append(Absent(way.name, told[0]) if told else way)
+    return found
+
+
+def measure(name: str, args: argparse.Namespace, others: list[Way | Absent], comm: Mpi) -> dict[str, Any]:
+    workload = make(name, args.scale, comm.rank, comm.size)
+    skipped = {one.name: one.why for one in others if isinstance(one, Absent)}
+    plain = Plain(args.folder, comm, workload.nbytes)
+    ours = [
+        Ours("direct", args.folder, comm, workload.training, engine="direct"),
+        Ours("mpio", args.folder, comm, workload.training, engine="mpio"),
+    ]
+    if name in ("A", "BB"):  # only an optimizer's state can wait
+        ours.append(Ours("lazy", args.folder, comm, workload.training, engine="direct", lazy=True))
+    contenders = [Contender("plain", plain.work)]
+    contenders += [Contender(one.name, OursToo(one, restores=one.name == "direct").work) for one in ours]
+    for way in others:
+        if isinstance(way, Way) and (name != "BB" or way.name in WITH_BB):
+            contenders.append(Contender(way.name, Theirs(way, args.folder / "theirs", workload, comm).work))
+    slow = (
+        Slowdown(args.folder, comm, workload.training, seconds=args.slowdown) if name == "A" and args.slowdown else None
+    )
+    if slow is not None:
+        contenders.append(Contender("training", slow.work))
+    began = time.perf_counter()
+
+    def told(number: int, contender: str) -> None:
+        if comm.rank == 0:
+            print(
+                f"{time.perf_counter() - began:6.0f} s  {name}, round {number} of {args.rounds}: {contender}",
+                flush=True,
+            )
+
+    rounds = run_rounds(contenders, args.rounds, comm, told=told)
+    for one in [*ours, *([slow] if slow is not None else [])]:
+        one.close()
+    return {
+        "workload": name,
+        "ranks": comm.size,
+        "scale": args.scale,
+        "bytes": workload.nbytes,
+        "tensors": workload.count,
+        "filesystem": filesystem(args.folder),
+        "cold": plain.cold and all(one.cold for one in ours),
+        "skipped": skipped,
+        "rounds": [dict(one) for one in rounds.table],
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("workloads", nargs="+", choices=NAMES)
+    parser.add_argument("--folder", type=Path, required=True)
+    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--scale", type=float, default=1.0)
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--slowdown", type=float, default=3.0, help="seconds of training in a round; 0: none")
+    args = parser.parse_args()
+    torch.set_num_threads(1)
+    comm = Mpi(world)
+    try:
+        others = tried(ways(), args.folder, comm)
+        found = [measure(name, args, others, comm) for name in args.workloads]
+    except BaseException:
+        sys.excepthook(*sys.exc_info())  # type: ignore[arg-type]
+        sys.stderr.flush()
+        world.Abort(1)  # the others wait for this rank
+        raise
+    if comm.rank == 0:
+        args.out.write_text(json.dumps(found))
+
+
+if __name__ == "__main__":
+    main()
