@@ -21,8 +21,10 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 
 from harness.bench import raw
+from harness.bench.contents import fill
 from harness.bench.memory import available
 from harness.bench.rounds import Contender, Rounds, run_rounds, timed
 from harness.bench.saves import Ours, without_digests
@@ -89,35 +91,35 @@ class Plain:
     def __init__(self, folder: Path, comm: Comm, size: int) -> None:
         self.folder, self.comm = folder, comm
         self.share = raw.pages(-(-size // comm.size))
-        self.data, self.copy = raw.aligned(self.share), raw.aligned(self.share)
-        self.data[:] = np.random.default_rng(comm.rank).integers(0, 256, len(self.data), np.uint8)
         self.ways = raw.ways(folder)
         self.cold = True
 
     def work(self, number: int) -> dict[str, float]:
-        """One round of it. Collective."""
-        self.data.view(np.int64)[:: raw.PAGE // 8] += 1
+        """One round of it. Collective. Its memory is given back, for the others."""
+        data, copy = raw.aligned(self.share), raw.aligned(self.share)
+        fill([torch.from_numpy(data.view(np.float32))], seed=self.comm.rank + self.comm.size * number)
+        copy[:] = 1  # so that its pages are there
         path = self.folder / f"plain-{self.comm.rank}"
-        found = {"memcpy": timed(lambda: np.copyto(self.copy, self.data), self.comm)}
-        found["digest"] = timed(lambda: block_digests(self.data, BLOCK), self.comm)
+        found = {"memcpy": timed(lambda: np.copyto(copy, data), self.comm)}
+        found["digest"] = timed(lambda: block_digests(data, BLOCK), self.comm)
         for way in self.ways:
             for threads in (1, 2) if way == "odirect" else (1,):
                 path.unlink(missing_ok=True)
-                write = lambda: raw.write(path, self.data, way, threads=threads)  # noqa: B023, E731
+                write = lambda: raw.write(path, data, way, threads=threads)  # noqa: B023, E731
                 found[f"raw write {way}{'' if threads == 1 else ' 2'}"] = timed(write, self.comm)
         for way in self.ways:
             self.comm.barrier()
             self.cold = raw.drop([path]) and self.cold
-            found[f"raw read {way}"] = timed(lambda: raw.read(path, self.copy, way), self.comm)  # noqa: B023
-        found["raw read warm"] = timed(self._read_all, self.comm)
+            found[f"raw read {way}"] = timed(lambda: raw.read(path, copy, way), self.comm)  # noqa: B023
+        found["raw read warm"] = timed(lambda: self._read_all(copy), self.comm)
         self.comm.barrier()
         path.unlink()
         return found
 
-    def _read_all(self) -> None:
+    def _read_all(self, copy: raw.Bytes) -> None:
         """What all ranks have written: a restore needs all of it on each."""
         for rank in range(self.comm.size):
-            raw.read(self.folder / f"plain-{rank}", self.copy, "buffered")
+            raw.read(self.folder / f"plain-{rank}", copy, "buffered")
 
 
 def _work(ours: Ours, *, restores: bool) -> Callable[[int], dict[str, float]]:

@@ -14,6 +14,8 @@ import json
 import shutil
 import sys
 import time
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +31,7 @@ from harness.bench.contents import change, digest, wipe
 from harness.bench.rounds import Contender, run_rounds, timed
 from harness.bench.saves import Ours, total, traffic
 from harness.checkpoint.comm import Mpi
+from harness.checkpoint.engines import EngineName
 from harness.checkpoint.engines.filesystem import filesystem
 
 WITH_BB = ("rank-0 torch.save",)
@@ -69,21 +72,32 @@ class Theirs:
 
 
 class OursToo:
-    """One of our engines, for `run_rounds`."""
+    """One of our engines, for `run_rounds`. Only a `kept` one holds its memory between rounds: all would be too much.
 
-    def __init__(self, ours: Ours, *, restores: bool) -> None:
-        self.ours, self.restores = ours, restores
+    The others save once before the save that counts, as a training does that saves again and again.
+    """
+
+    def __init__(self, make: Callable[[], Ours], *, kept: bool) -> None:
+        self.make, self.kept = make, make() if kept else None
 
     def work(self, number: int) -> dict[str, float]:
-        name, ours = self.ours.name, self.ours
         watch = Memory() if number == 0 else None
+        ours = self.kept or self.make()
         found = ours.save(number)
         if watch is not None:
-            found[f"memory {name}"] = watch.added()
-        if self.restores:
+            found[f"memory {ours.name}"] = watch.added()
+        if self.kept is None:
+            if number:
+                found |= ours.save(number)
+            ours.close()
+        else:
             found |= {key.replace("restore ", "") + " ours": value for key, value in ours.restore(number).items()}
             found["device ours"], found["called ours"] = ours.read.device, ours.read.called
         return found
+
+    def close(self) -> None:
+        if self.kept is not None:
+            self.kept.close()
 
 
 class Memory:
@@ -120,7 +134,7 @@ def tried(others: list[Way | Absent], folder: Path, comm: Mpi) -> list[Way | Abs
         problem = None
         if isinstance(way, Way):
             try:
-                Theirs(way, folder / "tried", make("D", 0.0001, comm.rank, comm.size), comm).work(1)
+                Theirs(way, folder / "tried", make("D", 0.001, comm.rank, comm.size), comm).work(1)
             except Exception as error:
                 problem = f"{type(error).__name__}: {error}"[:300]
         told = [str(one) for one in comm.all_gather(problem) if one is not None]
@@ -132,21 +146,20 @@ def measure(name: str, args: argparse.Namespace, others: list[Way | Absent], com
     workload = make(name, args.scale, comm.rank, comm.size)
     skipped = {one.name: one.why for one in others if isinstance(one, Absent)}
     plain = Plain(args.folder, comm, workload.nbytes)
-    ours = [
-        Ours("direct", args.folder, comm, workload.training, engine="direct"),
-        Ours("mpio", args.folder, comm, workload.training, engine="mpio"),
-    ]
+    kinds: list[tuple[str, EngineName]] = [("direct", "direct"), ("mpio", "mpio")]
     if name in ("A", "BB"):  # only an optimizer's state can wait
-        ours.append(Ours("lazy", args.folder, comm, workload.training, engine="direct", lazy=True))
+        kinds.append(("lazy", "direct"))
+    ours = []
+    for kind, engine in kinds:
+        one = partial(Ours, kind, args.folder, comm, workload.training, engine=engine, lazy=kind == "lazy")
+        ours.append(OursToo(one, kept=kind == "direct"))
     contenders = [Contender("plain", plain.work)]
-    contenders += [Contender(one.name, OursToo(one, restores=one.name == "direct").work) for one in ours]
+    contenders += [Contender(kind, one.work) for (kind, _), one in zip(kinds, ours, strict=True)]
     for way in others:
         if isinstance(way, Way) and (name != "BB" or way.name in WITH_BB):
             contenders.append(Contender(way.name, Theirs(way, args.folder / "theirs", workload, comm).work))
-    slow = (
-        Slowdown(args.folder, comm, workload.training, seconds=args.slowdown) if name == "A" and args.slowdown else None
-    )
-    if slow is not None:
+    if name == "A" and args.slowdown:
+        slow = Slowdown(args.folder, comm, workload.training, seconds=args.slowdown)
         contenders.append(Contender("training", slow.work))
     began = time.perf_counter()
 
@@ -158,8 +171,8 @@ def measure(name: str, args: argparse.Namespace, others: list[Way | Absent], com
             )
 
     rounds = run_rounds(contenders, args.rounds, comm, told=told)
-    for one in [*ours, *([slow] if slow is not None else [])]:
-        one.close()
+    for kept in ours:
+        kept.close()
     return {
         "workload": name,
         "ranks": comm.size,
@@ -167,7 +180,7 @@ def measure(name: str, args: argparse.Namespace, others: list[Way | Absent], com
         "bytes": workload.nbytes,
         "tensors": workload.count,
         "filesystem": filesystem(args.folder),
-        "cold": plain.cold and all(one.cold for one in ours),
+        "cold": plain.cold and all(one.kept.cold for one in ours if one.kept is not None),
         "skipped": skipped,
         "rounds": [dict(one) for one in rounds.table],
     }

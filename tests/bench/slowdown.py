@@ -26,38 +26,39 @@ class Slowdown:
     """`seconds`: how long the steps without saves take in a round."""
 
     def __init__(self, folder: Path, comm: Mpi, training: Training, *, seconds: float) -> None:
-        self.comm, self.training, self.seconds = comm, training, seconds
-        self._manager = Manager(folder / "slowdown", comm, keep=keep_last(1), log=lambda line: None)
+        self.folder, self.comm, self.training, self.seconds = folder / "slowdown", comm, training, seconds
         self._matrix = torch.randn(256, 256)
         self._products = self._count_products()
         self._saves = 0
 
     def work(self, number: int) -> dict[str, float]:
         count = max(5, round(self.seconds / STEP))
-        if number % 2:
-            busy, plain = self._steps(count, saves=True), self._steps(count, saves=False)
-        else:
-            plain, busy = self._steps(count, saves=False), self._steps(count, saves=True)
-        return {"training": plain, "training and saves": busy}
+        manager = Manager(self.folder, self.comm, keep=keep_last(1), log=lambda line: None)
+        self._save(manager, wait=True)  # the first save of a run is another one
+        found = {}
+        for saves in (False, True) if number % 2 else (True, False):
+            found["training and saves" if saves else "training"] = self._steps(count, manager if saves else None)
+        manager.close()
+        return found
 
-    def close(self) -> None:
-        self._manager.close()
-
-    def _steps(self, count: int, *, saves: bool) -> float:
+    def _steps(self, count: int, manager: Manager | None) -> float:
         change(self.training.tensors)
         self.comm.barrier()
         began = time.perf_counter()
         for step in range(count):
-            if saves and step % EACH == 0:
-                self._saves += 1
-                self._manager.save(self._saves, self.training.state)
+            if manager is not None and step % EACH == 0:
+                self._save(manager, wait=False)
             for _ in range(self._products):
                 self._matrix @ self._matrix
             self.comm.barrier()
         taken = time.perf_counter() - began
-        if saves:
-            self._manager.wait()
+        if manager is not None:
+            manager.wait()
         return taken
+
+    def _save(self, manager: Manager, *, wait: bool) -> None:
+        self._saves += 1
+        manager.save(self._saves, self.training.state, wait=wait)
 
     def _count_products(self) -> int:
         """How many make a step: the same on all ranks."""

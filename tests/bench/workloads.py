@@ -89,7 +89,7 @@ def gpt2(scale: float = 1.0) -> dict[str, tuple[int, ...]]:
         for name in ("ln_1", "ln_2"):
             shapes |= {f"h.{layer}.{name}.weight": (768,), f"h.{layer}.{name}.bias": (768,)}
     shapes |= {"ln_f.weight": (768,), "ln_f.bias": (768,)}
-    return {name: (max(1, round(shape[0] * scale)), *shape[1:]) for name, shape in shapes.items()}
+    return {name: (max(8, round(shape[0] * scale)), *shape[1:]) for name, shape in shapes.items()}
 
 
 def _many(scale: float) -> list[int]:
