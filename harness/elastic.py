@@ -7,18 +7,15 @@ remembers the latest step. Each rank remembers the state every `log.every` steps
 
     survive(train, clock)    # train(elastic) is called again and again, until it returns
 
-horovodrun ends a worker that it does not want any more inside `hvd.init`, with SIGABRT. A world that nobody survives is
-started again from its newest checkpoint by `harness run`, like any other.
+Ranks meet before they join Horovod (`meeting.py`). A world that nobody survives is started again from its newest
+checkpoint by `harness run`, like any other.
 """
 
 from __future__ import annotations
 
-import faulthandler
 import gc
 import os
-import resource
 from collections.abc import Callable
-from contextlib import suppress
 from typing import NoReturn
 
 import horovod.torch as hvd
@@ -31,7 +28,7 @@ from harness.checkpoint.memory import Memory, empty, outline, recall, remember
 from harness.checkpoint.state import State
 from harness.clock import Clock
 from harness.heartbeat import WAITING
-from harness.log import release
+from harness.meeting import meet
 from harness.world import World
 
 IN_VAIN = 3
@@ -93,12 +90,13 @@ class Elastic:
 def survive(train: Callable[[Elastic], None], clock: Clock) -> None:
     """Call `train` until it returns; in between the clock's section is WAITING.
 
-    Raises what `train` raises, but for `RANKS_CHANGED`.
+    Raises what `train` raises, but for `RANKS_CHANGED`, and what `meet` raises.
     """
     elastic = Elastic()
     notification_manager.init()
     notification_manager.register_listener(elastic)
     vain, remembered = 0, -1
+    meet()
     while True:
         try:
             train(elastic)
@@ -119,20 +117,12 @@ def survive(train: Callable[[Elastic], None], clock: Clock) -> None:
 
 
 def rejoin() -> None:
-    """Leave Horovod, and join it with the ranks that go on and those that are new. Collective over all of them.
-
-    A worker that is not wanted any more ends here with SIGABRT, which is no crash: no stacks, no core file. What it
-    says then goes to horovodrun, so that `harness run` knows.
-    """
-    release()
+    """Leave Horovod, and join it with the ranks that go on and those that are new. Collective over all of them."""
     hvd.shutdown()
     Horovod.begin_anew()
-    cores = resource.getrlimit(resource.RLIMIT_CORE)
-    with suppress(ValueError, OSError):
-        resource.setrlimit(resource.RLIMIT_CORE, (0, cores[1]))
-    faulthandler.disable()  # until this rank writes its log again
-    hvd.init()
-    resource.setrlimit(resource.RLIMIT_CORE, cores)
-    # Horovod has changed these behind Python's back
-    for name in ("rank", "size", "local_rank", "local_size", "cross_rank", "cross_size"):
-        os.environ[f"HOROVOD_{name.upper()}"] = str(getattr(hvd, name)())
+    meet(anew=True)
+    del os.environ["HOROVOD_ELASTIC"]  # otherwise Horovod asks horovodrun once more
+    try:
+        hvd.init()
+    finally:
+        os.environ["HOROVOD_ELASTIC"] = "1"

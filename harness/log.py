@@ -68,7 +68,7 @@ def redirect(path: Path, *, console: bool) -> TextIO:
     if _console is None:
         _console = os.dup(1), os.dup(2), sys.stdout, sys.stderr
     else:
-        release()
+        _release()
     if console:
         sys.stdout = Tee(sys.stdout, file)
         sys.stderr = Tee(sys.stderr, file)
@@ -78,8 +78,8 @@ def redirect(path: Path, *, console: bool) -> TextIO:
     return file
 
 
-def release() -> None:
-    """Let this process write where it wrote at first, until it is redirected again."""
+def _release() -> None:
+    """Let this process write where it wrote at first."""
     if _console is None:
         return
     sys.stdout.flush()

@@ -28,11 +28,15 @@ _HYDRA = re.compile(  # Hydra says on stdout that ranks have ended badly
 )
 _HOROVODRUN = re.compile(  # on either stream, about ranks that have ended; the shell tells of its own children
     rb"Process \d+ exit with status code \d+\.|Terminating remaining workers after failure|(WARNING|ERROR):root:"
-    rb"|\[[^\]]{1,300}: E [^\]]{1,1000}\.cc:\d+\]|terminate called after throwing an instance of 'std::runtime_error'"
-    rb"|  what\(\):  \S+ has been removed from elastic job|(Killed|Terminated|Aborted)( \(core dumped\))?\s*$"
+    rb"|\[[^\]]{1,300}: E [^\]]{1,1000}\.cc:\d+\]|(Killed|Terminated|Aborted)( \(core dumped\))?\s*$"
+    rb"|ssh not successful for host \S+:|Launching horovod task function was not successful:"
 )
+_SSH = re.compile(rb"ssh: ")
+"""Why a host cannot be reached, or which: shown and kept."""
 _TRACE = re.compile(rb"Traceback \(most recent call last\):|Exception in thread ")
-_AFTER = re.compile(rb"Process name: |Exit code: \d|$")  # the lines of its message
+_AFTER = re.compile(  # the lines of its message, and what Python says at its end
+    rb"Process name: |Exit code: \d|$|\S+: UserWarning: resource_tracker: |  warnings\.warn\('resource_tracker: "
+)
 _TAG = re.compile(rb"\[(?:\d+,)?\d+\]<std(?:out|err)>:?")  # horovodrun's, before every piece that a rank wrote
 _START = (b"---", b"===", b"=   ", b"[", b"srun:", b"slurmstepd", b"mpirun:", b"application", b"Abort(")
 _MOST = 60
@@ -80,7 +84,7 @@ class Parted:
         return shown
 
     def _line(self, line: bytes) -> bytes:
-        if self._tagged and self._errors and not self._begun and self._of_horovodrun(line):
+        if self._tagged and not self._begun and self._of_horovodrun(line):
             self._keep([line])
             return b""
         line = self._untagged(line)
@@ -96,6 +100,9 @@ class Parted:
                 block, self._block = self._block, None
                 return b"".join(block)
             return b""
+        if _SSH.match(line):
+            self._keep([line])
+            return line
         if self._errors and self.stalls.line(line.decode(errors="replace").rstrip("\r\n")):
             return b""
         if self._errors and _RULE.fullmatch(line):

@@ -11,8 +11,6 @@ say. The heartbeat of a rank that is gone is taken away: those that are left may
 from __future__ import annotations
 
 import contextlib
-import re
-import signal
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 
@@ -22,9 +20,6 @@ from harness.rundir import Attempt
 from launch import processes
 from launch.hosts import is_local
 from launch.report import ENDED, signal_name
-
-REMOVED = re.compile(r"\s*what\(\):\s+\S+ has been removed from elastic job")
-"""What a worker says that horovodrun does not want any more, before it aborts: it is not lost."""
 
 
 @dataclass
@@ -44,13 +39,12 @@ class Losses:
     least: int
     _exits: list[_Exit] = field(default_factory=list)
     _told: set[tuple[str, int]] = field(default_factory=set)
-    _removed: int = 0
     _short: bool = False
 
     def hear(self, lines: Iterable[str], known: Iterable[Heartbeat] = ()) -> list[str]:
         """Take what the launcher has said; give what there is to tell. `known`: heartbeats of a moment ago.
 
-        Of what is said now the next call tells: `REMOVED` comes through another pipe than the code of the process.
+        Of what is said now the next call tells: the others have seen it by then.
         """
         told: list[str] = []
         if self._exits:
@@ -59,8 +53,6 @@ class Losses:
         for line in lines:
             if match := ENDED.match(line):
                 self._exits.append(_Exit(int(match[1]), int(match[2])))
-            elif REMOVED.match(line):
-                self._removed += 1
         return told
 
     def waiting(self) -> bool:
@@ -74,10 +66,7 @@ class Losses:
 
     def _is_told(self, ended: _Exit, now: Mapping[tuple[str, int], Heartbeat], told: list[str]) -> bool:
         """Whether nothing more is to be told of an exit; False while nobody is seen to go on."""
-        if ended.code in (Exit.FINISHED, Exit.STOPPED):
-            return True
-        if ended.code == 128 + signal.SIGABRT and self._removed:
-            self._removed -= 1
+        if ended.code in (Exit.FINISHED, Exit.STOPPED):  # also of a rank that was taken away
             return True
         gone = [one for who, one in now.items() if who not in self._told and _ended(one)]
         if ended.lost is None:

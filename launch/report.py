@@ -42,6 +42,11 @@ _LOST = (  # words of Open MPI, Slurm and Hydra for a host that is gone; the gro
     re.compile(r"ORTE (?:has lost communication with a remote daemon|was unable to reliably start)()"),
     re.compile(r"(?i)srun: error: (?:Node failure|.*lost (?:node|connection to) (\S+))"),
 )
+_UNREACHED = (  # and of ssh and horovodrun for one where nothing could be started
+    re.compile(r"^ssh: (?:connect to host|Could not resolve hostname) ([^\s:]+)"),
+    re.compile(r"^ssh not successful for host (\S+):"),
+    re.compile(r"^Launching horovod task function was not successful:()|: Timed out waiting for tasks to start"),
+)
 ENDED = re.compile(r"Process (\d{1,9}) exit with status code (\d{1,3})\.")
 """What horovodrun says of a rank, by the number it began with, and its code as a shell gives it."""
 _MEMORY = re.compile(r"(?i)oom[-_ ]kill|out[ -]of[ -]memory")
@@ -120,7 +125,7 @@ def _judge(
         return Ending(int(Exit.CRASH), "failed", text, min(stall.missing), "hang")
     if returncode < 0 and killed is None and not real and not over:  # what ranks say of it comes from that
         return _silent(code, returncode, own, noise, heartbeats, memory, elastic)
-    lost = _lost_host(noise)
+    lost = _lost_host(noise, (*_LOST, *_UNREACHED))
     if errors and (real or lost is None):
         cause = (real or errors)[0]  # the first by time
         kind = _kind(cause)
@@ -136,7 +141,8 @@ def _judge(
     if code == Exit.STOPPED:
         return Ending(code, "stopped", "", kind="stopped")
     if lost is not None:
-        return _of_lost_host(lost, heartbeats)
+        reached = bool(heartbeats) or _lost_host(noise, _UNREACHED) is None
+        return _of_lost_host(lost, heartbeats) if reached else _of_unreached_host(lost)
     if killed is not None and not (memory and code == 128 + signal.SIGKILL):
         return Ending(int(Exit.CRASH), "failed", f"error: {killed}")  # not the code that our signal has made
     if code == 0:
@@ -179,9 +185,9 @@ def _gone(hang: Hang) -> str | None:
     return hang.host if hang.lost else None
 
 
-def _lost_host(noise: Sequence[str]) -> str | None:
+def _lost_host(noise: Sequence[str], words: Sequence[re.Pattern[str]]) -> str | None:
     """The name of a host that the launcher has lost, "" where it does not say which; None where it lost none."""
-    found = [match[1] or "" for line in noise for pattern in _LOST if (match := pattern.search(line))]
+    found = [match[1] or "" for line in noise for pattern in words if (match := pattern.search(line))]
     return max(found, key=bool) if found else None
 
 
@@ -191,6 +197,12 @@ def _of_lost_host(host: str, heartbeats: Mapping[int, Heartbeat]) -> Ending:
     if there:
         text += f"; rank {there[0].rank} of {there[0].size} on it was {last_seen(there[0])}"
     return Ending(int(Exit.CRASH), "failed", text, there[0].rank if there else None, "lost", host or None)
+
+
+def _of_unreached_host(host: str) -> Ending:
+    text = f"error: the host {host} cannot be reached" if host else "error: a host cannot be reached"
+    text += f"\n  `ssh {host or 'HOST'} true` must work without a question, from the host that starts the ranks"
+    return Ending(int(Exit.CRASH), "failed", text, kind="lost", host=host or None)
 
 
 def _silent(
@@ -236,7 +248,7 @@ def _silent(
                 return Ending(code, "failed", f"{text} and left no error report", rank, _kind_of_code(code))
         if match := _HYDRA.search(line):  # MPICH's launcher then returns the bare number of the signal
             returncode = code = 128 + int(match[1])
-    ended = [found for line in noise if (found := ENDED.match(line)) and found[2] != "0"]
+    ended = [found for line in noise if (found := ENDED.match(line)) and int(found[2]) not in (0, Exit.STOPPED)]
     if ended:  # the first one has ended the others, but for an elastic run, which has survived all but the last
         rank, code = int(ended[-1 if elastic else 0][1]), int(ended[-1 if elastic else 0][2])
         kind, why = killed(code - 128) if code > 128 else (_kind_of_code(code), " and left no error report")
@@ -246,7 +258,7 @@ def _silent(
     kind = _kind_of_code(code)
     if returncode < 0:
         head = f"error: the launcher was ended by {signal_name(-returncode)}{where()}{_reason(-returncode)}"
-    elif code > 128:
+    elif code - 128 in signal.valid_signals():
         kind, why = killed(code - 128)
         head = f"error: the ranks were ended by {signal_name(code - 128)}{where()}{why}"
     else:

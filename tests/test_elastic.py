@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import signal
 import subprocess
 import sys
 import time
@@ -129,7 +130,7 @@ def test_a_rank_is_killed_and_comes_back_and_is_taken_away(launch: Callable[...,
     assert run.wait() == 0, run.said
 
     said = (run.attempt().root / "launcher.log").read_text()
-    assert "exit with status code 137" in said and "exit with status code 134" in said, "killed, and taken away"
+    assert "exit with status code 137" in said and "exit with status code 75" in said, "killed, and taken away"
     for word in ("error", "SIGABRT", "status code", "terminate", "Traceback", "uncaught"):
         assert word not in run.said, run.said
     ending = run.ending()
@@ -178,6 +179,30 @@ def test_a_run_that_waits_for_more_ranks_can_be_stopped(launch: Callable[..., Ru
     assert "the state of step 20 is saved; go on with: harness run" in run.said
     assert (run.ending()["kind"], run.ending()["state"]) == ("stopped", "stopped")
     assert json.loads(run.dir.status.read_text())["state"] == "stopped"
+
+
+@pytest.mark.mpi
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+def test_a_newcomer_is_killed_before_it_has_joined_and_the_next_one_joins(launch: Callable[..., Run]) -> None:
+    def ranks() -> set[int]:
+        run_id = str(json.loads(run.attempt().command.read_text())["run_id"])
+        return processes.ranks([sys.executable, "-m", "harness"], run_id)
+
+    run = launch()
+    run.until((run.folder / "killed").exists)
+    before = ranks()
+    run.until(lambda: bool(ranks() - before))
+    (newcomer,) = ranks() - before
+    os.kill(newcomer, signal.SIGKILL)
+    run.until(lambda: "what began as rank 1 was ended by SIGKILL; the other goes on from memory" in run.said)
+    run.until(lambda: run.said.count("2 ranks on 2 hosts") == 2)
+    (run.folder / "go").touch()
+    assert run.wait() == 0, run.said
+    assert re.search(r"horovodrun to say who goes on\n\nwhat began.*\nresumed from step \d+ in the memory", run.said), (
+        run.said
+    )
+    assert run.ending()["kind"] == "finished" and len(run.dir.attempts()) == 1
 
 
 @pytest.mark.parametrize("ranks", [1, 2, 3, 7])

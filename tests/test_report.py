@@ -203,6 +203,32 @@ def test_a_host_that_is_gone(noise: list[str], host: str | None) -> None:
         assert "the host n07 is gone; rank 3 of 4 on it was last seen in data at step 811" in ending.text
 
 
+@pytest.mark.parametrize(
+    ("noise", "host"),
+    [
+        (
+            ["ssh: connect to host n07 port 22: Connection refused", "ORTE was unable to reliably start one or more"],
+            "n07",
+        ),
+        (["ssh: Could not resolve hostname n07: Name or service not known"], "n07"),
+        (["ssh not successful for host n07:", "RuntimeError: could not connect to some hosts via ssh"], "n07"),
+        (["Launching horovod task function was not successful:"], None),
+        (["x.TimeoutException: Timed out waiting for tasks to start. Please check connectivity between"], None),
+    ],
+)
+def test_a_host_that_cannot_be_reached(noise: list[str], host: str | None) -> None:
+    ending = judge([], {}, attempt=1, returncode=255, noise=noise)
+    assert (ending.kind, ending.host, ending.code) == ("lost", host, 1)
+    assert ending.cause == (f"the host {host} cannot be reached" if host else "a host cannot be reached")
+    assert f"`ssh {host or 'HOST'} true` must work without a question" in ending.text
+    later = judge([], {}, attempt=1, returncode=1, noise=noise, heartbeats={3: BEAT})
+    assert "is gone" in later.text or "has lost a host" in later.text
+
+
+def test_a_code_that_is_no_signal() -> None:
+    assert judge([], {}, attempt=1, returncode=255).cause.startswith("the ranks ended with code 255")
+
+
 def test_a_hang_that_was_seen_is_the_cause_of_what_came_after() -> None:
     after = ERROR | {"type": "HorovodInternalError"}
     status = {"state": "stopped", "attempt": 1}
