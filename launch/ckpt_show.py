@@ -138,8 +138,26 @@ def show_forecast(found: Forecast, *, as_json: bool) -> None:
         ("its ranges", f"{', '.join(ranges)}{more}" if ranges else "none: there are more ranks than blocks"),
         ("planning", f"{_ms(cold)} for the first save, {_ms(warm)} for the next ones"),
         ("memory", f"{show_size(found.memory)} at most, for planning"),
+        *_cost(found),
     ]
     print_table(("", ""), rows)
+
+
+def _cost(found: Forecast) -> Iterator[tuple[str, str]]:
+    """What a save after the first one asks of the file system and of the network."""
+    from harness.units import show_size
+
+    root, other = found.cost.root, found.cost.other
+    yield (
+        "file system",
+        f"rank 0: {root.opens} opens, {root.names} names made or removed, {root.syncs} syncs, {root.writes} writes",
+    )
+    if other is None:
+        return
+    each = f"{other.opens} opens, {other.syncs} sync, {other.writes} writes, as rank {found.rank or 1}"
+    yield "", f"each other rank: {each}; {root.opens + other.opens * (found.ranks - 1)} opens in all"
+    sent = show_size(root.message_bytes + other.message_bytes * (found.ranks - 1))
+    yield "messages", f"{root.received} to rank 0, {root.sent} from it, about {sent} in all"
 
 
 def print_json(value: object) -> None:

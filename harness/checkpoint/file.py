@@ -20,7 +20,8 @@ from harness.errors import Unavailable
 DIGESTS = f"{RESERVED}/digest"
 SUPERBLOCK = (USER_BLOCK, USER_BLOCK + PAGE)
 """The page without which the file is no HDF5 file. It is written last."""
-_CHUNK = 1 << 20
+HEAD_PIECE = 1 << 20
+"""Bytes of one write of the head; pieces of zeros are left out."""
 
 
 def build_head(layout: Layout, aliases: Mapping[str, str], scratch: Path) -> bytes:
@@ -59,8 +60,8 @@ def place(descriptor: int, layout: Layout, head: bytes, *, superblock: bool) -> 
     """Give an empty file its size and metadata; holes stay holes. Without `superblock` nothing can open it as HDF5."""
     os.ftruncate(descriptor, layout.data_end)
     skip = 0 if superblock else SUPERBLOCK[1] - USER_BLOCK
-    for at in range(skip, len(head), _CHUNK):
-        chunk = head[at : at + _CHUNK]
+    for at in range(skip, len(head), HEAD_PIECE):
+        chunk = head[at : at + HEAD_PIECE]
         if chunk.count(0) != len(chunk):
             write_all(descriptor, chunk, USER_BLOCK + at)
 

@@ -12,6 +12,7 @@ import tracemalloc
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
+from harness.checkpoint.cost import Cost, cost
 from harness.checkpoint.layout import Layout, lay_out
 from harness.checkpoint.plan import make_plan
 from harness.checkpoint.schema import Leaf, check_schema, schema_hash
@@ -26,6 +27,7 @@ class Forecast:
 
     `least`, `most`, `mean`: bytes of the `looked_at` ranks. `seconds_cold`: from names and shapes to this rank's
     ranges; `seconds_warm`: again for a state of the same shape; `memory`: most bytes of memory in the cold case.
+    `cost`: what a save asks of the file system and of the network.
     """
 
     ranks: int
@@ -42,6 +44,7 @@ class Forecast:
     seconds_cold: float
     seconds_warm: float
     memory: int
+    cost: Cost
 
 
 def forecast(leaves: Sequence[Leaf], *, ranks: int, rank: int = 0) -> Forecast:
@@ -77,6 +80,7 @@ def forecast(leaves: Sequence[Leaf], *, ranks: int, rank: int = 0) -> Forecast:
         seconds_cold=cold,
         seconds_warm=warm,
         memory=_memory(leaves, ranks, rank),
+        cost=cost(layout, rank=rank, size=ranks),
     )
 
 

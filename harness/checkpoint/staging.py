@@ -64,6 +64,11 @@ class Image:
     data: Bytes
 
 
+def image_size(part: int) -> int:
+    """Bytes of an image at the most, where a rank's part of the file has so many, in whole pages per run."""
+    return min(LARGE_IMAGE, max(IMAGE, part // IMAGES_WANTED))
+
+
 class Staging:
     """Reused memory for the blocks of one plan. One save at a time: `prepare` makes earlier images invalid.
 
@@ -99,7 +104,7 @@ class Staging:
         self._pieces, self._ends, self._known = [], [], []
         runs = iter(self._runs)
         lo = hi = at = 0
-        for block, begin, end in plan.ranges(layout, min(LARGE_IMAGE, max(IMAGE, needed // IMAGES_WANTED))):
+        for block, begin, end in plan.ranges(layout, image_size(needed)):
             while not lo <= begin < hi:
                 lo, hi, at = next(runs)
             first, last = at + begin - lo, at + end - lo
