@@ -155,7 +155,7 @@ def _cost(found: Forecast) -> Iterator[tuple[str, str]]:
     if other is None:
         return
     each = f"{other.opens} opens, {other.syncs} sync, {other.writes} writes, as rank {found.rank or 1}"
-    yield "", f"each other rank: {each}; {root.opens + other.opens * (found.ranks - 1)} opens in all"
+    yield "other ranks", f"each {each}; {root.opens + other.opens * (found.ranks - 1)} opens in all"
     sent = show_size(root.message_bytes + other.message_bytes * (found.ranks - 1))
     yield "messages", f"{root.received} to rank 0, {root.sent} from it, about {sent} in all"
 

@@ -376,13 +376,19 @@ def test_plan(run: Path, ask: Ask) -> None:
     code, out, _ = ask("plan", "run@100", "-n", "3", "--rank", "1")
     assert code == 0
     told = {line.partition("  ")[0]: line.partition("  ")[2] for line in lines(out)}
-    assert set(told) == {"tensors", "ranks", "balance", "rank 1", "its ranges", "planning", "memory"}
+    assert set(told) == {
+        "tensors", "ranks", "balance", "rank 1", "its ranges", "planning", "memory", "file system", "other ranks",
+        "messages",
+    }  # fmt: skip
+    assert told["messages"].startswith("4 to rank 0, 6 from it, about ")
+    assert told["file system"].startswith("rank 0: 9 opens, 8 names made or removed, 7 syncs, ")
     assert told["ranks"].startswith("3, each ") and told["tensors"].startswith("3, in a file of ")
     found = [asked_json(ask, "plan", "run@100", "-n", "3", "--rank", str(rank)) for rank in range(3)]
     layout = check(run / "checkpoints" / make_name(100))[0].layout
     assert sum(one["bytes"] for one in found) == layout.data_end - layout.data_start
     assert asked_json(ask, "plan", "run")["ranks"] == 1, "as many as saved it"
     many = asked_json(ask, "plan", "--tensors", "1000", "--ranks", "100", "--rank", "99")
+    assert many["cost"]["root"]["sent"] == 297 and many["cost"]["other"]["names"] == 0
     assert many["tensors"] == 1000 and many["most"] - many["least"] <= many["block"]
     for words in ([], ["run", "--tensors", "3"]):
         code, out, err = ask("plan", *words)
