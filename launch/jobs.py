@@ -19,7 +19,7 @@ PATIENCE = 20.0
 """Seconds a question to Slurm's controller may take."""
 QUEUED = ("PENDING", "REQUEUED", "REQUEUE_HOLD", "REQUEUE_FED", "CONFIGURING", "SPECIAL_EXIT")
 ALIVE = ("RUNNING", "COMPLETING", "SUSPENDED", "STOPPED", "STAGE_OUT", "SIGNALING", "RESIZING")
-_SHOWN = re.compile(r"\b(JobState|Reason|EndTime)=(\S+)")
+_SHOWN = re.compile(r"\b(JobState|Reason|Requeue|StartTime|EndTime|PreemptTime)=(\S+)")
 _JOB = re.compile(r"[0-9]{1,18}(?:_[0-9]{1,9})?")
 _LIMIT = 1_000_000
 
@@ -59,8 +59,17 @@ def states(jobs: Iterable[str]) -> dict[str, str]:
 
 
 def shown(job: str) -> dict[str, str]:
-    """What the controller knows of a job: JobState, Reason, EndTime; {} where it knows none or does not answer."""
+    """What the controller knows of a job: JobState, Reason, Requeue, StartTime, EndTime, PreemptTime.
+
+    {} where it knows none or does not answer.
+    """
     return dict(reversed(_SHOWN.findall(ask(["scontrol", "--oneliner", "show", "job", job]))))
+
+
+def is_preempted(known: Mapping[str, str]) -> bool:
+    """Whether a running job, as `shown` tells of it, is within its grace time, after which Slurm would put it back."""
+    when, start = known.get("PreemptTime", ""), known.get("StartTime", "")
+    return known.get("Requeue") == "1" and when[:1].isdecimal() and start[:1].isdecimal() and when >= start
 
 
 def is_queued(state: str | None) -> bool:

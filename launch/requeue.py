@@ -33,8 +33,9 @@ def go_on(run: RunDir, config: Config, environ: Mapping[str, str] = os.environ) 
         return
     name = str(job["id"])
     failed = None
-    if config.slurm.requeue:
-        known = jobs.shown(name)
+    known = jobs.shown(name)
+    # a preempted job that ends by itself within its grace time is not put back by Slurm
+    if config.slurm.requeue or jobs.is_preempted(known):
         state = known.get("JobState", "RUNNING")
         if state in BY_ITSELF:
             _say(f"job {name} is {state}: Slurm puts it back into the queue")

@@ -271,6 +271,25 @@ def test_a_run_goes_on_beyond_the_time_limit_as_if_there_were_none(
     assert [line.split()[:3] for line in shown.splitlines()[1:]] == [[n, "finished", "200/200"] for n in sorted(ids)]
 
 
+def test_a_preempted_run_saves_in_its_grace_time(calm: Callable[[], dict[str, bytes]], site: Site) -> None:
+    """Slurm tells its ranks at once, the batch shell only when it kills, and does not put back what ends before."""
+    expected = calm()  # first, or it is preempted, too
+    (site.folder / "hold").touch()
+    (job,) = site.submit(*TWO_NODES, "launch.launcher=srun", "slurm.partition=grace", "slurm.requeue=false")
+    site.trains()
+    urgent = submitted(site, "--partition=urgent", "--nodes=2", "--exclusive", "--output=/dev/null", "--wrap=true")
+    site.ends(urgent, "COMPLETED")
+    (site.folder / "hold").unlink()
+    site.until(lambda: site.slurm.state(job) in ("COMPLETED", "FAILED"), "the end")
+    log = site.log(job)
+    assert (site.slurm.state(job), site.slurm.info(job)["Restarts"]) == ("COMPLETED", "1"), log
+    assert (site.status()["state"], site.status()["step"]) == ("finished", 200), log
+    assert "of 200 (signal TERM), state saved" in log
+    assert f"job {job} goes back into the queue, to go on from the saved state" in log
+    assert "resumed from the checkpoint at step" in log
+    assert parameters(site.folder / "runs/run") == expected
+
+
 def test_a_node_that_goes_down(calm: Callable[[], dict[str, bytes]], site: Site) -> None:
     """Its power fails. One job goes on without it; Slurm puts the other back into the queue until the node is there."""
     (site.folder / "hold").touch()

@@ -254,6 +254,25 @@ def test_a_job_that_must_not_come_back(why: str, here: Path, capsys: pytest.Capt
     assert said == told.get(why, "")
 
 
+@pytest.mark.parametrize(
+    ("told", "back"),
+    [
+        ("Requeue=1 StartTime=2026-11-21T21:27:59 PreemptTime=2026-11-21T21:28:40", True),
+        ("Requeue=0 StartTime=2026-11-21T21:27:59 PreemptTime=2026-11-21T21:28:40", False),
+        ("Requeue=1 StartTime=2026-11-21T21:27:59 PreemptTime=None", False),
+        ("Requeue=1 StartTime=2026-11-21T21:27:59 PreemptTime=2026-11-20T01:01:01", False),  # an earlier time
+        ("Requeue=1 StartTime=2026-11-21T21:27:59", False),
+    ],
+)
+def test_a_job_that_ends_in_its_grace_time_goes_back_by_itself(told: str, back: bool, here: Path) -> None:
+    shown = f"JobState=RUNNING Reason=None PreemptEligibleTime=2026-11-21T21:27:59 {told}"
+    fake(here, "scontrol", f'[ "$1" = requeue ] && echo "$@" >>calls || echo "{shown}"')
+    run, config = a_run(requeue=False)
+    run.stop.write_text("signal")
+    go_on(run, config, JOB)
+    assert (here / "calls").exists() == back
+
+
 def test_where_requeueing_fails_the_chained_job_goes_on(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
     fake(here, "scontrol", "echo 'Requested operation is presently disabled for job 17' >&2; exit 1")
     fake(here, "squeue", "echo '18|18|PENDING|Dependency'")
