@@ -9,8 +9,9 @@ round all forms run once, one after the other; a step's time is divided by that 
 the same round. Bytes are those that Open MPI's monitoring counts of all messages of a rank, also those that make up its
 collectives, in the steps that are timed. `told` is what the run's own log says, and `must` what has to travel, from the
 sizes alone (`Model`). `grown` is what resident memory has grown by at its peak since the model was made, less that of a
-process with next to no model; `held` are the bytes of all tensors of floats before the optimizer's step; both the most
-of any rank. `least` is what parameters, gradients and AdamW's moments take on ranks that share them evenly.
+process with next to no model (not in a quick run); `held` are the bytes of all tensors of floats before the optimizer's
+step; both the most of any rank. `least` is what parameters, gradients and AdamW's moments take on ranks that share them
+evenly.
 
 What does not pass or fail is speed. A form whose losses are not the same (synchronous forms) or that does not
 learn (the others) ends with exit code 1; so does a run that tells fewer bytes than it must send, or more than it sent.
@@ -266,7 +267,8 @@ class Row:
 
 def measure(chosen: Sequence[tuple[int, Form]], model: Model, args: argparse.Namespace) -> list[Row]:
     """All rounds."""
-    empty = run(PLAIN, 1, Model(width=16, layers=1, block=model.block, batch=model.batch), args)
+    least = Model(width=16, layers=1, block=model.block, batch=model.batch)
+    empty = 0.0 if args.quick else run(PLAIN, 1, least, args).grown
     runs: list[list[Run]] = [[] for _ in chosen]
     for number in range(args.rounds):
         for at in list(range(len(chosen)))[:: 1 if number % 2 == 0 else -1]:
@@ -283,7 +285,7 @@ def measure(chosen: Sequence[tuple[int, Form]], model: Model, args: argparse.Nam
                 [float((one.began[:, -1] - one.began[:, args.warm]).max()) / args.steps for one in found],
                 sent=last.sent / args.steps,
                 told=float((last.told[:, -1] - last.told[:, args.warm]).mean()) / args.steps,
-                grown=statistics.median(one.grown for one in found) - empty.grown,
+                grown=statistics.median(one.grown for one in found) - empty,
                 held=last.held,
                 losses=last.losses,
             )
@@ -335,7 +337,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--steps", type=int, default=EVERY, help=f"that are measured, a multiple of {EVERY}")
     parser.add_argument("--warm", type=int, default=EVERY, help="steps before those, a multiple, too")
-    parser.add_argument("--width", type=int, default=512, help="of the model; a multiple of 16")
+    parser.add_argument("--width", type=int, default=384, help="of the model; a multiple of 16")
     parser.add_argument("--late", type=float, default=0.0, help="seconds that the last rank sleeps in each step")
     parser.add_argument("--turns", action="store_true", help="instead, each rank in a quarter of its steps")
     parser.add_argument("--timeout", type=float, default=300, help="seconds for a run")
