@@ -37,10 +37,10 @@ _SIGNAL_NAMES = {signal.strsignal(number): int(number) for number in signal.vali
 _HYDRA = re.compile(r"EXIT STRING: .*\(signal (\d{1,2})\)")
 _LOST = (  # words of Open MPI, Slurm and Hydra for a host that is gone; the group is its name
     re.compile(r"Remote daemon: \[\[\d+,\d+\],\d+\] on node (\S+)"),
-    re.compile(r"(?i)srun: error: .*node failure on (\S+)"),
-    re.compile(r"(?i)slurmstepd(?:-\S+)?: error: .*CANCELLED AT .*DUE TO NODE (?:FAILURE|(\S+) FAILURE)"),
+    re.compile(r"srun: error: Node failure on (\S+)"),
+    re.compile(r"slurmstepd(?:-\S+)?: error: .*CANCELLED AT .*DUE TO NODE FAILURE()"),
+    re.compile(r"\[mpiexec@\S+\] control_cb \(.*\): assert \(!closed\) failed()"),  # the connection to a proxy
     re.compile(r"ORTE (?:has lost communication with a remote daemon|was unable to reliably start)()"),
-    re.compile(r"(?i)srun: error: (?:Node failure|.*lost (?:node|connection to) (\S+))"),
 )
 _UNREACHED = (  # and of ssh and horovodrun for one where nothing could be started
     re.compile(r"^ssh: (?:connect to host|Could not resolve hostname) ([^\s:]+)"),
