@@ -1,7 +1,7 @@
 """Saves and restores of our checkpoints and of what users pick today, beside plain reads and writes; one Markdown page.
 
-    python tests/bench/checkpoints.py --out figures/checkpoints.md                  # all of it; about half an hour
-    python tests/bench/checkpoints.py --scale 0.25 --ranks 2 --rounds 3             # a few minutes
+    python tests/bench/checkpoints.py --out figures/checkpoints.md                  # all of it; about an hour
+    python tests/bench/checkpoints.py --scale 0.25 --ranks 2 --rounds 3             # about five minutes
     python tests/bench/checkpoints.py --quick                                       # seconds; its figures mean nothing
 
 Starts `saving.py` by mpirun on each number of ranks. It needs an otherwise idle machine, a disk with 6 GB free under
@@ -76,17 +76,22 @@ def main() -> None:
     if args.quick:
         args.scale, args.rounds, args.slowdown = 0.002, 1, 0.1
     args.ranks = args.ranks or ([2] if args.quick else [1, 2, 4])
-    results = []
+    args.out.parent.mkdir(parents=True, exist_ok=True)
+    results: list[dict[str, Any]] = []
     with tempfile.TemporaryDirectory(prefix=".bench-checkpoints-", dir=args.directory) as folder:
         for ranks in args.ranks:
             results += run(ranks, Path(folder), args)
-    args.out.parent.mkdir(parents=True, exist_ok=True)
+            write(results, args)  # each time, as an hour is long
+    print(f"wrote {args.out}")
+
+
+def write(results: list[dict[str, Any]], args: argparse.Namespace) -> None:
+    """The page, its plots, and the seconds themselves as JSON."""
     picture = args.out.with_suffix(".png")
     drawn = plot(results, picture)
     args.out.with_suffix(".json").write_text(json.dumps(results))
     command = shlex.join(["python", "tests/bench/checkpoints.py", *sys.argv[1:]])
     args.out.write_text(page(results, command, picture.name if drawn else None, judged=not args.quick))
-    print(f"wrote {args.out}")
 
 
 if __name__ == "__main__":
