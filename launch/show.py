@@ -49,7 +49,7 @@ def show(resolved: Resolved, direct: Sequence[str], arguments: Sequence[str]) ->
     ranks = plan.job.ranks if plan is not None else config.launch.ranks or default_ranks(hosts.find(None, None, {}))
     _head(console, "batch")
     console.print(arithmetic(config, ranks))
-    if config.parallel.each > 1 or config.parallel.without_samples:
+    if config.parallel.each > 1 or config.parallel.without_samples or config.parallel.optimizer_shards != "none":
         _head(console, "ranks")
         console.print(who_does_what(config, [name for name, slots in _placed(plan, ranks) for _ in range(slots)]))
     _head(console, "launch")
@@ -90,7 +90,11 @@ def arithmetic(config: Config, ranks: int) -> str:
 
 
 def who_does_what(config: Config, hosts: Sequence[str], most: int = 32) -> Table:
-    """A row for each replica: where it is, and the ranks that make up its model. `hosts`: of every rank."""
+    """A row for each replica: where it is, the ranks that make up its model, its slice of an optimizer that is cut.
+
+    `hosts`: of every rank. Raises ConfigError where the optimizer cannot be cut over them.
+    """
+    spread = config.parallel.optimizer_shards
     grid = arrange(hosts, model=config.parallel.model, pipeline=config.parallel.pipeline)
     servers = config.parallel.without_samples
     table = Table(box=None, pad_edge=False, header_style="")
@@ -99,10 +103,16 @@ def who_does_what(config: Config, hosts: Sequence[str], most: int = 32) -> Table
     for stage in range(config.parallel.pipeline):
         what = f"stage {stage}" if config.parallel.pipeline > 1 else "ranks"
         table.add_column(what if config.parallel.model == 1 else f"{what}, by part of its layers")
+    if spread != "none":
+        table.add_column("optimizer's slice")
     for number, stages in list(enumerate(grid.cells))[:most]:
         on = list(dict.fromkeys(hosts[rank] for parts in stages for rank in parts))
         name = str(number - servers) if number >= servers else f"server {number}"
-        table.add_row(name, " ".join(on), *(" ".join(map(str, parts)) for parts in stages))
+        cells = [" ".join(map(str, parts)) for parts in stages]
+        if spread != "none":  # replicas are single ranks
+            shards = grid.shards(stages[0][0], spread)
+            cells.append(f"{shards.index(stages[0][0]) + 1} of {len(shards)}")
+        table.add_row(name, " ".join(on), *cells)
     if len(grid.cells) > most:
         table.add_row("...", "", f"{len(grid.cells) - most} more replicas")
     return table

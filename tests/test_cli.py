@@ -131,6 +131,16 @@ def test_show_draws_which_rank_does_what(config: str, capsys) -> None:
     assert "3 ranks cannot be cut into replicas of 2 ranks" in err and "start 2 or 4 ranks" in err
 
 
+def test_show_draws_who_has_which_slice_of_the_optimizer(config: str, capsys) -> None:
+    arguments = ("parallel.optimizer_shards=node", "--launcher", "mpirun")
+    code, out, _ = _ask(capsys, "show", config, *arguments, "-H", "a:2,b:2")
+    assert code == 0
+    drawn = [line.split() for line in out.partition("# ranks\n")[2].partition("\n\n")[0].splitlines()]
+    assert drawn[1:] == [[str(rank), "ab"[rank // 2], str(rank), str(rank % 2 + 1), "of", "2"] for rank in range(4)]
+    code, _, err = _ask(capsys, "show", config, *arguments, "-H", "a:3,b:1")
+    assert code == 78 and "needs equally many replicas on every node, not 3 on a, 1 on b" in err
+
+
 def test_show_draws_servers(config: str, capsys) -> None:
     arguments = [config, "parallel.strategy=parameter_server", "parallel.servers=2", "-n", "4", "--launcher", "mpirun"]
     code, out, _ = _ask(capsys, "show", *arguments)
