@@ -44,7 +44,8 @@ def train(config: Config, *, rounds: int, steps: int | None = None, as_json: boo
             say(f"note: {note}")
         for count in counts:
             run = RunDir(folder / f"{count}-ranks")
-            smaller = for_ranks(config, count, of=whole.job.ranks, threads=whole.job.threads, directory=run.root)
+            launch = {"threads": whole.job.threads, "launcher": whole.job.launcher}
+            smaller = for_ranks(config, count, of=whole.job.ranks, launch=launch, directory=run.root)
             request = {"rounds": rounds, "steps": steps, "settings": count == counts[-1]}
             code = _measure(smaller, run, request, requests)
             if code:
@@ -66,13 +67,16 @@ def numbers_of_ranks(most: int, each: int = 1) -> list[int]:
     return [*found, most] if most > each else found
 
 
-def for_ranks(config: Config, count: int, *, of: int, threads: int, directory: Path) -> Config:
-    """The config on `count` ranks, each of which takes what it takes among `of` ranks. Raises ConfigError."""
+def for_ranks(config: Config, count: int, *, of: int, launch: Mapping[str, Any], directory: Path) -> Config:
+    """The config on `count` ranks, each of which takes what it takes among `of` ranks. Raises ConfigError.
+
+    launch: what else the section has, as it was found for all ranks.
+    """
     share = config.train.global_batch // plan_of(config, of).replicas
     told = config.model_dump()
     told["run_dir"] = str(directory)
     told["train"] |= {"global_batch": share * (count // config.parallel.each)}
-    told["launch"] |= {"ranks": count, "threads": threads}
+    told["launch"] |= {**launch, "ranks": count}
     told["restart"] |= {"min_ranks": None}
     if count != of:
         told["data"] |= {"partition": None}  # it has a part for each of all ranks

@@ -170,7 +170,7 @@ def test_a_rank_takes_the_same_micro_batches_on_any_number(
     batch = {"steps": 1, "global_batch": ranks * micro * passes, "micro_batch": micro}
     whole = config(train=batch, data={"partition": "parts.h5"}, restart={"min_ranks": ranks})
     count = data.draw(st.sampled_from(numbers_of_ranks(ranks)))
-    smaller = for_ranks(whole, count, of=ranks, threads=3, directory=Path("d"))
+    smaller = for_ranks(whole, count, of=ranks, launch={"threads": 3}, directory=Path("d"))
     mine, its = plan_of(smaller, count), plan_of(whole, ranks)
     assert (mine.passes, mine.micro_batch) == (its.passes, its.micro_batch)
     assert (smaller.launch.ranks, smaller.launch.threads, smaller.directory) == (count, 3, "d")
