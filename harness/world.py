@@ -32,7 +32,7 @@ if TYPE_CHECKING:
 
 THREAD_MULTIPLE = "MPI_THREAD_MULTIPLE"
 JOINING = "300"
-"""Seconds that ranks of an elastic run wait for one that was started a moment ago, and imports torch."""
+"""Seconds that ranks of an elastic run wait within Horovod for one of those that they have met (`meeting.py`)."""
 
 
 @dataclass(frozen=True)
