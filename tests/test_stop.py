@@ -244,7 +244,7 @@ def stopped_and_saved(folder: Path, why: str) -> None:
 @pytest.mark.mpi
 @pytest.mark.timeout(400)
 def test_a_run_stops_before_its_time_is_up(folder: Path) -> None:
-    process = start(folder, str(BIN / "harness"), "run", "run.yaml", "stop.margin=2", "--time", "12s", "-n", "2")
+    process = start(folder, str(BIN / "harness"), "run", "run.yaml", "stop.margin=2", "--time", "20s", "-n", "2")
     said, _ = process.communicate(timeout=250)
     assert process.returncode == 75, said
     stopped_and_saved(folder, "the time is up in")
