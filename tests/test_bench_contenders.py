@@ -52,7 +52,7 @@ def measured(workload: str, **changes: float) -> dict[str, Any]:
         "held up rank-0 torch.save": 6.0,
         "cold torch.load by each rank": 2.0, "warm torch.load by each rank": 1.0,
         "device torch.load by each rank": 1000.0,
-        "memory direct": 500.0, "training": 1.0, "training and saves": 1.04,
+        "memory direct": 500.0,
     } | {name.replace("_", " "): value for name, value in changes.items()}  # fmt: skip
     return {"workload": workload, "ranks": 2, "scale": 1.0, "bytes": 1000, "tensors": 4, "filesystem": "ext4",
             "cold": True, "skipped": {"torchsnapshot": "it is not here"}, "rounds": [one, one]}  # fmt: skip
@@ -63,10 +63,9 @@ def test_targets_are_met_or_missed() -> None:
     assert good["save, direct, of the limit: A, 2 ranks"] == ("0.91", "met")
     assert good["save, direct, faster than rank-0 torch.save: B, 2 ranks"] == ("5.45 x", "met")
     assert good["save, mpio, of buffered plain writes: A, 2 ranks"] == ("0.91", "met")
-    assert good["training, a save in flight all the time: A, 2 ranks"] == ("1.040", "met")
     assert {met for _, met in good.values()} == {"met"}
     slow = {"save_direct": 1.3, "held_up_direct": 0.2, "cold_ours": 1.3, "warm_ours": 1.2, "memory_direct": 1e9,
-            "device_ours": 1100.0, "training_and_saves": 1.7, "save_mpio": 7.0, "held_up_lazy": 0.03}  # fmt: skip
+            "device_ours": 1100.0, "save_mpio": 7.0, "held_up_lazy": 0.03}  # fmt: skip
     bad = {what.split(":")[0]: met for what, _, _, met in targets([measured("A", **slow), measured("B", **slow)])}
     met = {what for what, verdict in bad.items() if verdict == "met"}
     assert met == set(), met
@@ -74,7 +73,7 @@ def test_targets_are_met_or_missed() -> None:
 
 def test_a_page_tells_what_was_not_tried(tmp_path: Path) -> None:
     text = page([measured("A")], "python x")
-    assert "torchsnapshot (it is not here)" in text and "## Targets" in text and "1.040 times" in text
+    assert "torchsnapshot (it is not here)" in text and "## Targets" in text
     assert "| **ours, direct** | 1.100 | 909 B/s | 0.91 (0.91 to 0.91) | 120 ms | 1.20 |" in text
     assert "nan" not in text
     pytest.importorskip("matplotlib")

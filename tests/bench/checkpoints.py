@@ -6,7 +6,8 @@
 
 Starts `saving.py` by mpirun on each number of ranks. It needs an otherwise idle machine, a disk with 6 GB free under
 --directory, and memory for two states of 1.5 GB on every rank. Nothing here passes or fails by its
-speed, but for wrong bytes. matplotlib (`pip install harness[bench]`) adds plots.
+speed, but for wrong bytes. matplotlib (`pip install harness[bench]`) adds plots. What saves cost the training that
+goes on meanwhile is measured by `behind.py`.
 """
 
 from __future__ import annotations
@@ -41,7 +42,7 @@ def run(ranks: int, folder: Path, args: argparse.Namespace) -> list[dict[str, An
     """One job. Raises SystemExit where it fails."""
     out = folder / "found.json"
     options = ["--folder", str(folder / "data"), "--out", str(out), "--scale", str(args.scale)]
-    options += ["--rounds", str(args.rounds), "--slowdown", str(args.slowdown), *args.workloads]
+    options += ["--rounds", str(args.rounds), *args.workloads]
     root = ["--allow-run-as-root"] if os.geteuid() == 0 else []
     command = ["mpirun", *root, "-np", str(ranks), sys.executable, str(HERE / "saving.py"), *options]
     path = os.pathsep.join([str(HERE.parent.parent), os.environ.get("PYTHONPATH", "")]).rstrip(os.pathsep)
@@ -68,13 +69,12 @@ def main() -> None:
     parser.add_argument("--workloads", nargs="+", choices=NAMES, default=list(NAMES))
     parser.add_argument("--scale", type=float, default=1.0, help="of the bytes")
     parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--slowdown", type=float, default=3.0, help="seconds of training per round; 0: none")
     parser.add_argument("--timeout", type=float, default=3600.0, help="seconds for a job")
     parser.add_argument("--quick", action="store_true", help="tiny states, one round, two ranks: is all of it right?")
     args = parser.parse_args()
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # what was started is ended, and removed, before
     if args.quick:
-        args.scale, args.rounds, args.slowdown = 0.002, 1, 0.1
+        args.scale, args.rounds = 0.002, 1
     args.ranks = args.ranks or ([2] if args.quick else [1, 2, 4])
     args.out.parent.mkdir(parents=True, exist_ok=True)
     results: list[dict[str, Any]] = []

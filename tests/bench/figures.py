@@ -72,12 +72,7 @@ def saves(result: Result) -> str:
         )
     columns = ("save", "s until durable", "speed", "of the limit", "training held up", "in memcpys of a rank's share",
                "first save, s", "memory added per rank (in shares)")  # fmt: skip
-    text = table(columns, rows)
-    if "training" in rounds:
-        ratio = rounds.ratio("training and saves", "training")
-        text += f"\n\nTraining with a save in flight all the time: {ratio.median:.3f} times the time without"
-        text += f" ({ratio.least:.3f} to {ratio.most:.3f})."
-    return text
+    return table(columns, rows)
 
 
 def restores(result: Result) -> str:
@@ -142,11 +137,6 @@ def targets(results: Sequence[Result]) -> Iterator[tuple[str, str, str, str]]:
         if "held up lazy" in rounds:
             lazy = rounds.seconds("held up lazy").median
             yield f"training held up, lazy: {name}", "<= 20 ms", f"{lazy * 1e3:.0f} ms", _met(lazy <= 0.02)
-        if "training" in rounds:
-            slower = rounds.ratio("training and saves", "training").median
-            yield f"training, a save in flight all the time: {name}", "<= 1.05", f"{slower:.3f}", _met(slower <= 1.05)
-            minute = 1 + (slower - 1) * min(1.0, rounds.seconds("save direct").median / 60)
-            yield f"training, a save per minute: {name}", "<= 1.01", f"{minute:.4f}", _met(minute <= 1.01)
         if kind == "BB":
             first = rounds.first("save direct")
             yield f"first save of {result['tensors']} tensors: {name}", "<= 1.5 s", f"{first:.2f} s", _met(first <= 1.5)

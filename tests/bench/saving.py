@@ -22,7 +22,6 @@ from typing import Any
 import psutil
 import torch
 from contenders import Absent, Way, ways, world
-from slowdown import Slowdown
 from workloads import NAMES, Workload, make
 
 from harness.bench import raw
@@ -158,9 +157,6 @@ def measure(name: str, args: argparse.Namespace, others: list[Way | Absent], com
     for way in others:
         if isinstance(way, Way) and (name != "BB" or way.name in WITH_BB):
             contenders.append(Contender(way.name, Theirs(way, args.folder / "theirs", workload, comm).work))
-    if name == "A" and args.slowdown:
-        slow = Slowdown(args.folder, comm, workload.training, seconds=args.slowdown)
-        contenders.append(Contender("training", slow.work))
     began = time.perf_counter()
 
     def told(number: int, contender: str) -> None:
@@ -193,7 +189,6 @@ def main() -> None:
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--scale", type=float, default=1.0)
     parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--slowdown", type=float, default=3.0, help="seconds of training in a round; 0: none")
     args = parser.parse_args()
     torch.set_num_threads(1)
     comm = Mpi(world)
