@@ -244,9 +244,13 @@ def stopped_and_saved(folder: Path, why: str) -> None:
 @pytest.mark.mpi
 @pytest.mark.timeout(400)
 def test_a_run_stops_before_its_time_is_up(folder: Path) -> None:
-    process = start(folder, str(BIN / "harness"), "run", "run.yaml", "stop.margin=2", "--time", "20s", "-n", "2")
-    said, _ = process.communicate(timeout=250)
-    assert process.returncode == 75, said
+    for seconds in (12, 24, 48, 96):  # a busy machine may take the first of them to start
+        words = ("run", "run.yaml", "stop.margin=2", "--time", f"{seconds}s", "-n", "2")
+        process = start(folder, str(BIN / "harness"), *words)
+        said, _ = process.communicate(timeout=250)
+        assert process.returncode == 75, said
+        if "before anything was done" not in str(said):
+            break
     stopped_and_saved(folder, "the time is up in")
 
 
