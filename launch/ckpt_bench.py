@@ -232,7 +232,9 @@ def _show(directory: Path, result: dict[str, Any], *, as_json: bool) -> None:
         seconds = [f"{value:.4f}" for value in (row.seconds.median, row.seconds.least, row.seconds.most)]
         table_rows.append([row.what, *seconds, speed(row), ratio, reach, row.of])
     print_table(columns, table_rows, right=columns[1:7])
-    print_line(f"medians of {found[0].seconds.count} rounds; the slowest rank counts; ratios are taken within a round")
+    count = found[0].seconds.count
+    several = f"medians of {count} rounds" if count > 1 else "one round"
+    print_line(f"{several}; the slowest rank counts; ratios are taken within a round")
     for sentence in advice.sentences:
         print_line(sentence)
     if advice.yaml:
