@@ -70,7 +70,7 @@ def scaling(one: Told, first: Told) -> dict[str, Any]:
         "samples_per_s": rate,
         "efficiency": rate / one["ranks"] / alone,
         "step_s": own["seconds"]["median"],
-        "communication": own["share"] and own["share"]["median"],
+        "communication": own["share"],
         "sent_bytes_per_step": own["sent"],
     }
 
@@ -86,7 +86,7 @@ def setting(one: Told, among: Told) -> dict[str, Any]:
         "ratio": one["ratio"]["median"],
         "ratio_least": one["ratio"]["least"],
         "ratio_most": one["ratio"]["most"],
-        "communication": one["share"] and one["share"]["median"],
+        "communication": one["share"],
     }
 
 
@@ -152,5 +152,6 @@ def _time(seconds: float) -> str:
     return f"{seconds * 1e3:.3g} ms" if seconds < 1 else f"{seconds:.3g} s"
 
 
-def _part(share: float | None) -> str:
-    return "-" if share is None else f"{max(share, 0.0):.0%}"
+def _part(share: Told | None) -> str:
+    """The median and the range over the rounds; below 0 it is noise."""
+    return "-" if share is None else f"{share['median']:.0%} ({share['least']:.0%} to {share['most']:.0%})"

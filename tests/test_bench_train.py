@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from support import ROOT, needs_mpirun, ranks
+from support import ROOT, needs_mpirun
 
 from harness.batch import plan_of
 from harness.bench.tried import tried
@@ -83,7 +83,8 @@ def test_two_ranks_and_other_settings(folder: Path) -> None:
     assert one["efficiency"] == 1.0
     assert two["efficiency"] == pytest.approx(two["samples_per_s"] / 2 / one["samples_per_s"])
     assert two["samples_per_s"] == pytest.approx(8 / two["step_s"])
-    assert two["communication"] < 1
+    share = two["communication"]
+    assert share["least"] <= share["median"] <= share["most"] < 1
     parameters = 128 * 10 + 256 * 128 * 9 + 256 + 256 * 16 * 10 + 10
     # all gradients once, and one more number for each of 6 tensors, to and fro between two ranks
     assert two["sent_bytes_per_step"] == 4 * (parameters + 6)
@@ -234,22 +235,13 @@ def test_efficiency_is_per_rank_and_against_the_fewest() -> None:
 
 @needs_mpirun
 @pytest.mark.mpi
-@pytest.mark.parametrize("name", ["train", "behind"])
-def test_our_own_benchmarks_work(name: str, tmp_path: Path) -> None:
-    """All contenders, and what they have computed is compared; not how long it takes."""
-    done = ranks(2, [str(ROOT / f"tests/bench/{name}.py"), "--quick"], cwd=tmp_path)
-    assert done.returncode == 0, done.stdout + done.stderr
-    rows = {"train": ("DDP", "Horovod's example", "harness"), "behind": ("background", "lazy")}[name]
-    assert all(f"\n| {row} | " in done.stdout for row in rows)
-    assert not list(tmp_path.iterdir())
-
-
-@needs_mpirun
-@pytest.mark.mpi
 @pytest.mark.timeout(600)
-def test_our_benchmark_of_starts_works(tmp_path: Path) -> None:
-    argv = [sys.executable, str(ROOT / "tests/bench/starts.py"), "--quick"]
-    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
-    done = subprocess.run(argv, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=500, check=False)
+def test_our_own_benchmarks_work(tmp_path: Path) -> None:
+    """All contenders; what they have computed is compared in there, and how long it takes does not matter."""
+    argv = [sys.executable, str(ROOT / "tests/bench/training.py"), "--quick", "--out", "page.md"]
+    done = subprocess.run(argv, cwd=tmp_path, env=dict(os.environ), capture_output=True, text=True, timeout=580)
     assert done.returncode == 0, done.stdout + done.stderr
-    assert "| `harness ckpt ls` of 3 checkpoints | " in done.stdout
+    assert [path.name for path in tmp_path.iterdir()] == ["page.md"]
+    page = (tmp_path / "page.md").read_text()
+    for row in ("DDP", "Horovod's example", "harness", "background", "lazy", "`harness ckpt ls` of 3 checkpoints"):
+        assert f"\n| {row} | " in page, page
