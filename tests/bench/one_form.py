@@ -60,6 +60,7 @@ class Marks(Clock):
     def __init__(self, warm: int, steps: int) -> None:
         super().__init__()
         self.warm, self.steps, self.found, self.counting = warm, steps, Found(), counting()
+        self.counting.value = 0  # before the first parameters go to all ranks
         self.job: Any = None
 
     def begin(self, step: int) -> None:
@@ -72,7 +73,7 @@ class Marks(Clock):
 
 
 def counting() -> ctypes.c_int:
-    """The switch of Open MPI's monitoring, which tools get at in the same way; nothing has been counted yet."""
+    """The switch of Open MPI's monitoring, which counts from MPI_Init on."""
     places = {
         line.split()[-1] for line in Path("/proc/self/maps").read_text().splitlines() if "libmca_common_mon" in line
     }
