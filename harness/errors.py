@@ -22,7 +22,7 @@ class Exit(IntEnum):
     USAGE = 64  # bad command line
     DATA = 65  # corrupt data or checkpoint
     NO_INPUT = 66  # an input file is not there
-    UNAVAILABLE = 69  # something needed (MPI, GPU, library) is missing or does not fit
+    UNAVAILABLE = 69  # something needed (MPI, GPU, library, hosts, ...) is missing, in use or does not fit
     INTERNAL = 70  # replicas diverged, or a check of our own failed
     IO = 74  # disk full, read-only, I/O error
     STOPPED = 75  # stopped early, state saved: run me again

@@ -33,7 +33,9 @@ AsJson = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 def partition(
     source: Source,
     out: Annotated[Path, typer.Option("-o", "--out", metavar="PARTS.h5", help="The file to write.")],
-    parts: Annotated[int, typer.Option("-p", "--parts", min=1, help="How many parts: the ranks, or a multiple.")],
+    parts: Annotated[
+        int | None, typer.Option("-p", "--parts", min=1, help="How many parts: the ranks, or a multiple.")
+    ] = None,
     by: Annotated[str, typer.Option("--by", metavar=METHODS, help="How samples are spread.")] = "random",
     of: Annotated[
         str, typer.Option("--of", metavar="FIELD", help="The attribute, or the features, to go by and to report on.")
@@ -94,17 +96,20 @@ def _open(source: str, fields: str | None) -> Hdf5Dataset:
     return Hdf5Dataset(source, fields.split(",") if fields else all_fields(source))
 
 
-def _shares(sizes: str | None, parts: int) -> list[float]:
+def _shares(sizes: str | None, parts: int | None) -> list[float]:
     from harness.errors import UsageError
 
     if sizes is None:
+        if parts is None:
+            raise UsageError("how many parts?", hint="--parts 4, or their sizes: --sizes 4,2,1")
         return [1.0] * parts
     try:
         shares = [float(word) for word in sizes.split(",")]
     except ValueError:
         shares = []
-    if len(shares) != parts or not all(0 < share < float("inf") for share in shares):
-        raise UsageError(f"--sizes {sizes} is no list of {parts} positive numbers", hint="such as --sizes 4,2,1")
+    wanted = "" if parts is None else f"{parts} "
+    if len(shares) != (parts or len(shares)) or not all(0 < share < float("inf") for share in shares) or not shares:
+        raise UsageError(f"--sizes {sizes} is no list of {wanted}positive numbers", hint="such as --sizes 4,2,1")
     return shares
 
 

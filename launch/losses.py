@@ -56,9 +56,11 @@ class Losses:
         return told
 
     def waiting(self) -> bool:
-        """Whether the ranks that are left are too few to go on, and wait for more."""
+        """Whether nobody trains: no rank has started yet, or those that are left are too few and wait for more."""
+        wait = [one.section == WAITING for one in self.attempt.heartbeats().values()]
+        if not wait:
+            return True
         if self._short:
-            wait = [one.section == WAITING for one in self.attempt.heartbeats().values()]
             if len(wait) < self.least or any(wait):
                 return all(wait)
             self._short = False

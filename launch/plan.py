@@ -25,7 +25,7 @@ from launch import hosts as hosts_module
 from launch import mpi as mpi_module
 from launch.command import Command, Elastic, Job, Launcher, build
 from launch.discovery import try_discovery
-from launch.hosts import Allocation, Placement
+from launch.hosts import Allocation, Placement, is_local
 from launch.mpi import Mpi
 from launch.nodelist import Host
 
@@ -90,6 +90,8 @@ def make_plan(
     if launch.discover is not None:  # which hosts there are is told later
         allocation = Allocation("given", launch.discover, (Host(UNKNOWN, ranks),), cores=allocation.cores)
     placement = hosts_module.place(allocation, ranks)
+    if elastic is not None and launch.interfaces is None and launch.discover is None:
+        _check_interfaces(allocation)
     wanted = launch.launcher if elastic is None else "horovodrun"
     launcher, mpi = choose(wanted, config.slurm.mpi, allocation, environ, probe)
     gloo = launcher == "horovodrun" and (mpi is None or elastic is not None or _wants_gloo({**environ, **launch.env}))
@@ -138,13 +140,24 @@ def _elastic(config: Config, ranks: int) -> Elastic:
     least, most = config.restart.min_ranks or 1, config.launch.max_ranks or ranks
     if not least <= ranks <= most:
         raise UsageError(
-            f"an elastic run of {least} to {most} ranks cannot start with {ranks}",
+            f"an elastic run starts with {ranks} ranks (-n), "
+            + (f"fewer than its --min-ranks {least}" if ranks < least else f"more than its --max-ranks {most}"),
             hint="-n is between --min-ranks and --max-ranks",
         )
     file = RunDir(Path(os.path.abspath(config.directory))).hosts
     discover = config.launch.discover or shlex.join(["cat", str(file)])
     low = min(max(COOLDOWN, round(config.restart.backoff)), 3600)
     return Elastic(least, most, discover, (low, min(max(low, round(config.restart.longest)), 3600)))
+
+
+def _check_interfaces(allocation: Allocation) -> None:
+    """Raises UsageError where horovodrun would wait for a second host, to find out which interfaces both have."""
+    if len(allocation.hosts) == 1 and not is_local(name := allocation.hosts[0].name):
+        raise UsageError(
+            f"an elastic run on {name} alone needs the name of its network interface: horovodrun finds that out with"
+            " two hosts only",
+            hint="launch.interfaces=eth0, say; or another host",
+        )
 
 
 def default_ranks(allocation: Allocation) -> int:

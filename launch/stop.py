@@ -73,6 +73,8 @@ def _wait(run: RunDir, timeout: float | None) -> int:
 
 def _last(life: Life) -> str:
     saved = f"; the state of step {life.last_checkpoint} is saved" if life.last_checkpoint is not None else ""
+    if life.ended is not None and life.ended.startswith(life.state):  # "stopped at step 250 of 600 (...), state saved"
+        return life.ended
     if life.state in ("new", "finished", "stopped"):
         text = {"new": "it has never been started"}.get(life.state, life.ended or life.state)
         return f"{life.state}, {text}{saved}" if text != life.state else f"{text}{saved}"

@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from harness.batch import plan_of
-from harness.errors import ConfigError, Unavailable, UsageError
+from harness.errors import ConfigError, HarnessError, Unavailable, UsageError
 from harness.rundir import RunDir, open_run, storage_errors, write_atomic, write_json
 from harness.units import duration
 from launch import jobs
@@ -92,6 +92,12 @@ def submit(configs: Sequence[Config], *, parent: Path | None = None, chain: int 
         raise UsageError("--sweep: all tasks of an array are alike in slurm and launch.ranks", hint="submit them apart")
     for config in configs:
         _check(config)
+        try:
+            _check_free(config)
+        except HarnessError as error:
+            if not dry_run:
+                raise
+            print(f"note: it would be refused now: {error.message}", file=sys.stderr)
     if parent is not None and is_run(parent):
         raise UsageError(f"{parent} is a run itself: a sweep makes runs below it", hint="choose another run_dir")
     output = str(folder / ("slurm-%j.log" if parent is None else "slurm-%A_%a.log"))
@@ -169,6 +175,10 @@ def _check(config: Config) -> None:
             " the run would stop at once",
             hint="ask for more time, or lower stop.margin",
         )
+
+
+def _check_free(config: Config) -> None:
+    """That nobody runs it, and that there is something left to do."""
     path = Path(config.directory)
     if not is_run(path):
         return

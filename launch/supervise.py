@@ -120,7 +120,7 @@ def supervise(
     if killed == "interrupted":
         return Ending(Exit.INTERRUPTED, "failed", "ended at once", kind="interrupted")
     if killed == "stopped":
-        text = "stopped while it waited for more ranks; what they did after the last checkpoint was in memory only"
+        text = "stopped while it waited for ranks; what others did after the last checkpoint was in memory only"
         return Ending(Exit.STOPPED, "stopped", text, kind="stopped")
     return judge(
         attempt.errors(),
@@ -157,7 +157,7 @@ def _follow(
             for text in losses.hear(streams.ended(), watch.pulse.last.values()):
                 say(text)
             wanted = requests.asked or requests.interrupts + requests.stops
-            if losses.waiting() and (wanted or run.stop.exists()):  # nobody trains who could save and stop
+            if (wanted or run.stop.exists()) and losses.waiting():  # nobody trains who could save and stop
                 requests.asked = True
                 processes.end(process.pid, run_id, grace=GRACE)
                 return "stopped"

@@ -175,7 +175,7 @@ def test_a_run_that_waits_for_more_ranks_can_be_stopped(launch: Callable[..., Ru
     run.until(lambda: "the other waits until there are 2 ranks again" in run.said)
     run.dir.stop.touch()
     assert run.wait() == 75, run.said
-    assert "stopped while it waited for more ranks" in run.said
+    assert "stopped while it waited for ranks" in run.said
     assert "the state of step 20 is saved; go on with: harness run" in run.said
     assert (run.ending()["kind"], run.ending()["state"]) == ("stopped", "stopped")
     assert json.loads(run.dir.status.read_text())["state"] == "stopped"

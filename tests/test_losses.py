@@ -56,8 +56,10 @@ def test_a_rank_is_lost_and_the_other_goes_on(attempt: Attempt, dead: int) -> No
 
 
 def test_too_few_are_left_and_wait_until_there_are_more(attempt: Attempt, dead: int) -> None:
-    _beat(attempt, 0, "localhost", dead, 3), _beat(attempt, 1, "a", HERE, 3), _beat(attempt, 2, "a", HERE + 1, 3)
     losses = Losses(attempt, least=3)
+    assert losses.waiting(), "nobody is there yet"
+    _beat(attempt, 0, "localhost", dead, 3), _beat(attempt, 1, "a", HERE, 3), _beat(attempt, 2, "a", HERE + 1, 3)
+    assert not losses.waiting()
     (text,) = _told(losses, KILLED)
     assert text.endswith("; the 2 others wait until there are 3 ranks again")
     assert not losses.waiting(), "they have not noticed yet"

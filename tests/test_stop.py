@@ -320,7 +320,9 @@ def a_second_start_is_refused(folder: Path) -> None:
     """By hand and with `harness run`, before it has written anything: the live run's directory stays as it is."""
     harness, run = str(BIN / "harness"), folder / "runs/run"
     second = [start(folder, sys.executable, "-m", "harness", "runs/run"), start(folder, harness, "run", "runs/run")]
-    submitted = start(folder, harness, "submit", "--dry-run", "run.yaml", "slurm.time=1h")
+    submitted = start(folder, harness, "submit", "run.yaml", "slurm.time=1h")
+    shown, _ = start(folder, harness, "submit", "--dry-run", "run.yaml", "slurm.time=1h").communicate(timeout=200)
+    assert "#SBATCH" in shown and "note: it would be refused now: runs/run is running already" in shown
     for process in (*second, submitted):
         said, _ = process.communicate(timeout=200)
         assert process.returncode == 69, said

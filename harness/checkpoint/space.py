@@ -27,8 +27,12 @@ def preflight(directory: Path, needed: int, files: int = 3) -> None:
     status = os.statvfs(_existing(directory))
     free = status.f_bavail * status.f_frsize
     if free < needed + SPARE:
+        from harness.units import show_size  # which imports more than a reader of checkpoints needs
+
         raise StorageError(
-            f"{needed + SPARE} bytes are needed in {directory}, {free} are free", hint=_HINT
+            f"{show_size(needed)} are needed in {directory}, and {show_size(SPARE)} to spare;"
+            f" {show_size(free)} are free",
+            hint=_HINT,
         ) from OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(directory))
     if status.f_files > 0 and status.f_favail < files:  # 0: the file system has no limit, or does not tell
         raise StorageError(

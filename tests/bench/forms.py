@@ -302,7 +302,8 @@ def check(rows: Sequence[Row], model: Model) -> list[str]:
             wrong.append(f"{name}: the losses {row.losses} are not {first}")
         if not row.losses[-1] < first[0] - (first[0] - first[-1]) / 4:
             wrong.append(f"{name}: the loss has fallen from {row.losses[0]:.3f} to {row.losses[-1]:.3f} only")
-        if not must * 0.99 <= row.told <= must * 1.05 + 4096:
+        least = must * (0.99 if row.form.same else 0.9)  # asynchronous ranks are not all within the steps that count
+        if not least <= row.told <= must * 1.05 + 4096:
             wrong.append(f"{name}: it tells {row.told:.0f} bytes per step, and must send {must:.0f}")
         if row.sent < row.told * 0.99:
             wrong.append(f"{name}: it tells {row.told:.0f} bytes per step, and has sent {row.sent:.0f}")
