@@ -96,7 +96,9 @@ def survive(train: Callable[[Elastic], None], clock: Clock) -> None:
     notification_manager.init()
     notification_manager.register_listener(elastic)
     vain, remembered = 0, -1
+    section, clock.section = clock.section, WAITING
     meet()
+    clock.section = section
     while True:
         try:
             train(elastic)

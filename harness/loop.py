@@ -259,6 +259,7 @@ def steps_in(done: int, job: Job, first: int) -> int:
 def export(job: Job) -> None:
     """The task's results, written by rank 0 while the others wait; the averaged parameters, where there are any."""
     job.clock.section = "export"
+    job.spread.draws.close()
     job.model.eval()
     with torch.no_grad(), job.shown():
         line = job.task.export(job.model, job.run.root) if job.world.is_root else None

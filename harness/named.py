@@ -24,8 +24,9 @@ if TYPE_CHECKING:
     from harness.resolve import Resolved
 
 _WORD = re.compile(r"[^\W\d]\w*")
+_MODULE = re.compile(r"[^\W\d][\w-]*")
 _CLASS = re.compile(r"^ *class (\w+)", re.MULTILINE)
-_BY_OTHER_WAYS = re.compile(r"import +\*|__getattr__|\b(globals|vars|setattr|exec)\(")
+_BY_OTHER_WAYS = re.compile(r"import +\*|__getattr__|sys\.modules|\b(globals|locals|vars|setattr|exec)\(")
 """A module with one of these may have names that do not stand in it."""
 _MOST = 10_000_000
 
@@ -33,7 +34,7 @@ _MOST = 10_000_000
 def check_name(name: str, known: Collection[str]) -> str:
     """The name itself. Raises ValueError where it is neither among the known ones nor of the form module:Class."""
     module, _, attribute = name.partition(":")
-    if name in known or all(part.isidentifier() for part in (*module.split("."), attribute)):
+    if name in known or (attribute.isidentifier() and all(map(_MODULE.fullmatch, module.split(".")))):
         return name
     near = difflib.get_close_matches(name.lower(), known, n=1)
     meant = f"; did you mean {near[0]}?" if near else ""
@@ -67,11 +68,15 @@ def missing(name: str) -> tuple[str, str | None] | None:
         sys.path.insert(0, here)
     spec: ModuleSpec | None = None
     so_far = ""
+    package: ModuleSpec | None = None
     for part in module.split("."):
+        package = spec
         so_far = f"{so_far}.{part}".lstrip(".")
         try:
             spec = find_spec(part) if spec is None else PathFinder.find_spec(part, spec.submodule_search_locations)
         except (ImportError, ValueError):  # a module that a finder of its own takes care of
+            return None
+        if spec is None and _elsewhere(package):
             return None
         if spec is None:
             return f"there is no module {so_far!r}", f"it was looked for on sys.path, {here} first"
@@ -82,6 +87,14 @@ def missing(name: str) -> tuple[str, str | None] | None:
         return None
     near = difflib.get_close_matches(attribute, _CLASS.findall(text), n=1)
     return f"the module {module} has no {attribute}", f"did you mean {module}:{near[0]}?" if near else None
+
+
+def _elsewhere(package: ModuleSpec | None) -> bool:
+    """Whether a package may have modules that are not in its folders."""
+    if package is None:
+        return False
+    folders = list(package.submodule_search_locations or [])
+    return "__path__" in (_text(package) or "") or not all(Path(folder).is_dir() for folder in folders)
 
 
 def _text(spec: ModuleSpec | None) -> str | None:

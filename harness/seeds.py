@@ -35,14 +35,21 @@ def seed_generators(*key: int) -> None:
 class Draws:
     """Derives the generators from (`key`, number of the layer) before each of these layers, in training.
 
-    A layer that is there twice goes on with what the one before it has drawn.
+    A layer that is there twice goes on with what the one before it has drawn. A layer that is called twice with one key
+    draws the same again, as it must where its activations are computed anew for the backward pass.
     """
 
     def __init__(self, layers: Sequence[torch.nn.Module] = ()) -> None:
         self.key: tuple[int, ...] = ()
+        self._hooks = []
         for number, layer in enumerate(layers):
             if sum(layer is other for other in layers) == 1:
-                layer.register_forward_pre_hook(partial(self._derive, number))
+                self._hooks.append(layer.register_forward_pre_hook(partial(self._derive, number)))
+
+    def close(self) -> None:
+        """Leave the layers as they were: with these hooks a model can be neither scripted nor pickled for others."""
+        for hook in self._hooks:
+            hook.remove()
 
     def _derive(self, number: int, layer: torch.nn.Module, inputs: object) -> None:
         if layer.training and self.key:

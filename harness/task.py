@@ -57,7 +57,9 @@ class Task:
     def sequence(self, model: torch.nn.Module) -> list[torch.nn.Module]:
         """The model as layers in sequence, each called with the tensor that the one before returns, for a pipeline.
 
-        By default those of a `Sequential`. Raises ConfigError for another model.
+        By default those of a `Sequential`. Raises ConfigError for another model. Where a task has this method, what a
+        layer draws (dropout) depends on seed, step, replica, micro batch and the layer, with and without a pipeline; so
+        `loss` should call the model once.
         """
         import torch
 

@@ -21,8 +21,6 @@ import typer
 
 MARK = "HARNESS_BENCH "  # harness.bench.checkpoints prints it
 ENGINES = ("direct", "mpio", "mpio-collective")
-ROOM = 2
-"""Free bytes wanted, as times of --size: one state at a time is written, and space may come back late."""
 
 
 def register(app: typer.Typer) -> None:
@@ -68,8 +66,10 @@ def bench(
             f"--size {size} is too small for {tensors} tensors", hint="a larger --size, or fewer --tensors"
         )
     plan = make_plan(_config(ranks, hosts, hostfile, launcher), [])
-    _check_room(directory, wanted)
-    request = {"size": wanted, "tensors": tensors, "rounds": rounds, "engines": list(dict.fromkeys(engines))}
+    engines = list(dict.fromkeys(engines))
+    # each keeps what it has saved until its next turn, lazy mode too; besides there are the plain files
+    _check_room(directory, wanted, times=len(engines) + ("direct" in engines) + 1)
+    request = {"size": wanted, "tensors": tensors, "rounds": rounds, "engines": engines}
     with _folder(directory) as folder, _progress(rounds, quiet=as_json) as progress:
         for note in plan.notes:
             print(f"note: {note}", file=sys.stderr)
@@ -101,7 +101,7 @@ def _config(ranks: int | None, hosts: str | None, hostfile: Path | None, launche
         raise UsageError(f"--{first['loc'][-1]}: {first['msg']}") from error
 
 
-def _check_room(directory: Path, size: int) -> None:
+def _check_room(directory: Path, size: int, times: int) -> None:
     """Raises InputMissing, UsageError, StorageError."""
     from harness.checkpoint.space import preflight
     from harness.errors import InputMissing, StorageError, UsageError
@@ -112,7 +112,7 @@ def _check_room(directory: Path, size: int) -> None:
     if not directory.is_dir():
         raise UsageError(f"{directory} is not a folder")
     try:
-        preflight(directory, ROOM * size, files=64)
+        preflight(directory, times * size, files=64)
     except StorageError as error:
         raise StorageError(
             f"{directory} has not room enough: to measure {show_size(size)}, {error.message}", hint="a smaller --size"

@@ -37,6 +37,8 @@ def nothing_left(
     by_itself = follow_up or (job is not None and bool(job["restarts"]))
     if by_itself and (by := stopped_by_user(run)) is not None:
         return f"{run.root} was stopped ({by}): this job ends; go on with: harness submit {shlex.quote(str(run.root))}"
+    if config.train.steps is None and not by_itself:
+        return None  # epochs of a data set that may have grown, which only ranks see
     if (step := finished(run, config)) is None:
         return None
     more = "train.steps" if config.train.steps is not None else "train.epochs"

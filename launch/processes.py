@@ -8,12 +8,16 @@ Ranks on other hosts end with their launcher's daemon; no process is ended by it
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import os
 import signal
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+
+from harness.errors import Exit
 
 RUN_ID = "HARNESS_RUN_ID"
+PR_SET_PDEATHSIG = 1  # <linux/prctl.h>
 
 
 def members(session: int, run_id: str) -> list[int]:
@@ -49,6 +53,21 @@ def stopped(pid: int) -> bool:
             return handle.read().rpartition(b")")[2].split()[0] in (b"T", b"t")
     except (OSError, IndexError):
         return False
+
+
+def ends_with(parent: int) -> Callable[[], None]:
+    """For a child: the system sends it TERM when the parent ends, however that does. The main thread must start it.
+
+    mpirun then ends its ranks. Without it they would go on unwatched, and hold the checkpoints of the next start.
+    """
+    prctl = ctypes.CDLL(None).prctl
+
+    def child() -> None:
+        prctl(PR_SET_PDEATHSIG, int(signal.SIGTERM), 0, 0, 0)
+        if os.getppid() != parent:  # it has ended already
+            os._exit(int(Exit.CRASH))
+
+    return child
 
 
 def end(session: int, run_id: str, *, grace: float) -> list[int]:

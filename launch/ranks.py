@@ -69,6 +69,7 @@ def run_ranks(
                 stdout=output,
                 stderr=subprocess.STDOUT,
                 start_new_session=True,
+                preexec_fn=processes.ends_with(os.getpid()),
             )
         except OSError as error:
             return Ended(f"{command.argv[0]} cannot be started: {error.strerror}", 127)

@@ -11,14 +11,13 @@ end is the caller's (`start.py`), by the `Ending`.
 from __future__ import annotations
 
 import contextlib
-import ctypes
 import os
 import selectors
 import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from io import FileIO
 from pathlib import Path
@@ -42,7 +41,6 @@ if TYPE_CHECKING:
 GRACE = 3.0
 """Seconds between TERM and KILL; with PATIENCE a failed job is gone within 10 s."""
 LOG_LIMIT = 256 * 2**20
-PR_SET_PDEATHSIG = 1  # <linux/prctl.h>
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2)
 """Besides Ctrl-C; USR2, or what `slurm.signal` says, is what Slurm sends to the batch script before the time limit."""
 
@@ -99,7 +97,7 @@ def supervise(
                 stdout=subprocess.PIPE,
                 stderr=subprocess.PIPE,
                 start_new_session=True,
-                preexec_fn=_ends_with(os.getpid()),
+                preexec_fn=processes.ends_with(os.getpid()),
             )
         except OSError as error:
             raise Unavailable(f"{command.argv[0]} cannot be started: {error.strerror}", hint="harness check") from error
@@ -120,7 +118,9 @@ def supervise(
     if killed == "interrupted":
         return Ending(Exit.INTERRUPTED, "failed", "ended at once", kind="interrupted")
     if killed == "stopped":
-        text = "stopped while it waited for ranks; what others did after the last checkpoint was in memory only"
+        text = "stopped while it waited for ranks"
+        if attempt.heartbeats():
+            text += "; what they did after the last checkpoint was in memory only"
         return Ending(Exit.STOPPED, "stopped", text, kind="stopped")
     return judge(
         attempt.errors(),
@@ -173,21 +173,6 @@ def _follow(
             processes.end(process.pid, run_id, grace=GRACE)
             return watch.reason
     return None
-
-
-def _ends_with(parent: int) -> Callable[[], None]:
-    """For a child: the system sends it TERM when the parent ends, however that does. The main thread must start it.
-
-    mpirun then ends its ranks. Without it they would go on unwatched, and hold the checkpoints of the next start.
-    """
-    prctl = ctypes.CDLL(None).prctl
-
-    def child() -> None:
-        prctl(PR_SET_PDEATHSIG, int(signal.SIGTERM), 0, 0, 0)
-        if os.getppid() != parent:  # it has ended already
-            os._exit(int(Exit.CRASH))
-
-    return child
 
 
 def _ask_to_stop(run: RunDir, signals: str, then: str) -> None:

@@ -32,6 +32,10 @@ def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     (tmp_path / "pack" / "open.py").write_text("from elsewhere import *\n")
     (tmp_path / "pack" / "lazy.py").write_text("def __getattr__(name): ...\n")
     (tmp_path / "plain.py").write_text("def make(kind):\n    class Inner: ...\n")
+    (tmp_path / "own.py").write_text("import sys\nsys.modules[__name__] = 1\n")
+    (tmp_path / "my-tasks.py").write_text("class Task: ...\n")
+    (tmp_path / "wide").mkdir()
+    (tmp_path / "wide" / "__init__.py").write_text("__path__.append('/elsewhere')\n")
     (tmp_path / "spread").mkdir()
     (tmp_path / "spread" / "inner.py").write_text("class Task: ...\n")
     importlib.invalidate_caches()
@@ -47,6 +51,9 @@ def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         "pack.lazy:Anything",
         "plain:Inner",  # the ranks tell
         "spread.inner:Task",
+        "own:Task",
+        "my-tasks:Task",
+        "wide.part:Task",
         "torch.optim:NAdam",
         "math:sqrt",
         "sys:Anything",

@@ -11,12 +11,15 @@ from hypothesis import strategies as st
 from torch import nn
 
 from harness.batch import plan_of
+from harness.checkpoint.comm import Single
 from harness.config import Config
 from harness.errors import ConfigError, Unavailable
 from harness.parallel.pipeline import balanced, check, schedule
+from harness.parallel.spread import make_model
 from harness.parallel.wire import Wire
 from harness.seeds import Draws
 from harness.task import Task
+from harness.world import World
 
 
 @settings(deadline=None)
@@ -129,3 +132,25 @@ def test_what_a_layer_draws_depends_on_its_number_and_not_on_the_others() -> Non
     layers[1].eval()
     state = torch.get_rng_state()
     assert torch.equal(layers[1](x), x) and torch.equal(torch.get_rng_state(), state)
+    draws.close()
+    draws.key = 1, 2, 3
+    assert not torch.equal(layers[0](x), first)
+    torch.jit.script(layers[0])
+
+
+def test_a_loss_that_calls_its_model_twice_draws_twice() -> None:
+    """Only a task that says which its layers are gets draws by layer, where there is no pipeline."""
+
+    class Twice(Task):
+        def model(self) -> nn.Module:
+            return nn.Sequential(nn.Dropout(0.5))
+
+    class Named(Twice):
+        def sequence(self, model: nn.Module) -> list[nn.Module]:
+            return list(model)
+
+    x = torch.ones(64)
+    for task, alike in ((Twice(), False), (Named(), True)):
+        spread = make_model(task, World(0, 1, 0, 1, ("here",), torch.device("cpu"), Single(), "none"))
+        spread.draws.key = 1, 2, 3
+        assert torch.equal(spread.model(x), spread.model(x)) == alike

@@ -51,11 +51,12 @@ def make_model(task: Task, world: World) -> Spread:
     model = task.model()
     regions: dict[str, Region] = {**cut(model, task.model_group)}
     parts = frozenset(regions)
-    layers = _layers(task, model, needed=world.groups.stages.size > 1)
+    pipelined = world.groups.stages.size > 1
+    layers = _layers(task, model, needed=pipelined)
     passes: Passes = one_by_one
     whole = model
     traffic: tuple[Traffic, ...] = (task.model_group.traffic,)
-    if world.groups.stages.size > 1:
+    if pipelined:
         wire = Wire(world.comm.mpi, world.device)
         passes = pipeline = Pipeline(model, layers, world.groups.stages, wire)
         regions, whole = pipeline.keep(model, regions), pipeline.whole
@@ -69,7 +70,12 @@ def make_model(task: Task, world: World) -> Spread:
 
 
 def _layers(task: Task, model: nn.Module, *, needed: bool) -> list[nn.Module]:
-    """The model's layers in sequence; none where they are not known, which raises ConfigError where they are needed."""
+    """The model's layers in sequence; none where they are not known, which raises ConfigError where they are needed.
+
+    Where they are not, the task itself must say which: a loss may call a Sequential twice.
+    """
+    if not needed and type(task).sequence is Task.sequence:
+        return []
     try:
         return task.sequence(model)
     except ConfigError:
