@@ -64,8 +64,7 @@ def missing(name: str) -> tuple[str, str | None] | None:
     The working directory comes first, as for ranks. Imports nothing, also not the packages that the module is in.
     """
     module, _, attribute = name.partition(":")
-    if (here := str(Path.cwd())) not in sys.path:
-        sys.path.insert(0, here)
+    here = search_here()
     spec: ModuleSpec | None = None
     so_far = ""
     package: ModuleSpec | None = None
@@ -76,9 +75,9 @@ def missing(name: str) -> tuple[str, str | None] | None:
             spec = find_spec(part) if spec is None else PathFinder.find_spec(part, spec.submodule_search_locations)
         except (ImportError, ValueError):  # a module that a finder of its own takes care of
             return None
-        if spec is None and _elsewhere(package):
-            return None
         if spec is None:
+            if _elsewhere(package):
+                return None
             return f"there is no module {so_far!r}", f"it was looked for on sys.path, {here} first"
         if spec.submodule_search_locations is None and so_far != module:
             return f"the module {so_far!r} is no package", None
@@ -87,6 +86,13 @@ def missing(name: str) -> tuple[str, str | None] | None:
         return None
     near = difflib.get_close_matches(attribute, _CLASS.findall(text), n=1)
     return f"the module {module} has no {attribute}", f"did you mean {module}:{near[0]}?" if near else None
+
+
+def search_here() -> str:
+    """Put the working directory on the import path, as `python -m` does; it itself."""
+    if (here := str(Path.cwd())) not in sys.path:
+        sys.path.insert(0, here)
+    return here
 
 
 def _elsewhere(package: ModuleSpec | None) -> bool:

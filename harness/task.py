@@ -13,12 +13,12 @@ from __future__ import annotations
 
 import importlib
 import inspect
-import sys
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, get_type_hints
 
 from harness.errors import ConfigError, Mistake
+from harness.named import search_here
 from harness.parallel.groups import ALONE, Group
 
 if TYPE_CHECKING:
@@ -104,8 +104,7 @@ def find_task(name: str) -> type[Any]:
     """
     target = BUILT_IN.get(name, name)
     module_name, _, attribute = target.partition(":")
-    if (here := str(Path.cwd())) not in sys.path:
-        sys.path.insert(0, here)
+    search_here()
     try:
         task = getattr(importlib.import_module(module_name), attribute)
     except ModuleNotFoundError as error:

@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import json
 import os
-import shutil
 import tempfile
 import uuid
 from collections.abc import Iterator, Mapping
@@ -125,8 +124,6 @@ def _folder(directory: Path) -> Iterator[Path]:
     """A folder that all hosts see, as they would see the run's. Raises StorageError."""
     parent = filesystem.existing(directory)
     with storage_errors(parent):
-        made = tempfile.mkdtemp(prefix=".harness-bench-", dir=parent)
-    try:
-        yield Path(made)
-    finally:
-        shutil.rmtree(made, ignore_errors=True)
+        made = tempfile.TemporaryDirectory(prefix=".harness-bench-", dir=parent, ignore_cleanup_errors=True)
+    with made as name:
+        yield Path(name)

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import contextlib
 import json
-import shutil
 import sys
 import tempfile
 from collections.abc import Callable, Iterator
@@ -82,15 +81,9 @@ def _config(ranks: int | None, hosts: str | None, hostfile: Path | None, launche
 
     from harness.config import Config
     from harness.errors import UsageError
-    from launch.nodelist import parse_hosts
+    from launch.hosts import check_hosts
 
-    if hosts is not None:
-        if hostfile is not None:
-            raise UsageError("give -H or --hostfile, not both")
-        try:
-            parse_hosts(hosts)
-        except ValueError as error:
-            raise UsageError(f"-H {hosts}: {error}") from error
+    check_hosts(hosts, hostfile)
     launch = {"ranks": ranks, "hosts": hosts, "hostfile": str(hostfile) if hostfile else None, "launcher": launcher}
     given = {name: value for name, value in launch.items() if value is not None}
     document = {"name": "bench", "task": {"name": "linear"}, "train": {"steps": 1, "global_batch": 1}}
@@ -127,13 +120,13 @@ def _folder(directory: Path) -> Iterator[Path]:
     from harness.errors import StorageError
 
     try:
-        made = Path(tempfile.mkdtemp(prefix=".harness-bench-", dir=directory.resolve()))
+        made = tempfile.TemporaryDirectory(
+            prefix=".harness-bench-", dir=directory.resolve(), ignore_cleanup_errors=True
+        )
     except OSError as error:
         raise StorageError(f"{directory} cannot be written: {error.strerror or error}") from error
-    try:
-        yield made
-    finally:
-        shutil.rmtree(made, ignore_errors=True)
+    with made as name:
+        yield Path(name)
 
 
 Progress = Callable[[dict[str, Any]], None]

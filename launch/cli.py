@@ -343,17 +343,9 @@ def _tell(text: str) -> None:
 
 def _flags(ranks: int | None, hosts: str | None, hostfile: Path | None, launcher: str | None) -> list[str]:
     """The command line's flags as overrides, so that they are checked, frozen and shown like any other value."""
-    from harness.errors import UsageError
+    from launch.hosts import check_hosts
 
-    if hosts is not None and hostfile is not None:
-        raise UsageError("give -H or --hostfile, not both")
-    if hosts is not None:
-        from launch.nodelist import parse_hosts
-
-        try:
-            parse_hosts(hosts)
-        except ValueError as error:
-            raise UsageError(f"-H {hosts}: {error}") from error
+    check_hosts(hosts, hostfile)
     flags = [f"launch.ranks={ranks}"] if ranks is not None else []
     flags += [f"launch.hosts={hosts}", "launch.hostfile=null"] if hosts is not None else []
     flags += [f"launch.hostfile={hostfile}", "launch.hosts=null"] if hostfile is not None else []

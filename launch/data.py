@@ -107,8 +107,8 @@ def _shares(sizes: str | None, parts: int | None) -> list[float]:
         shares = [float(word) for word in sizes.split(",")]
     except ValueError:
         shares = []
-    wanted = "" if parts is None else f"{parts} "
-    if len(shares) != (parts or len(shares)) or not all(0 < share < float("inf") for share in shares) or not shares:
+    if not shares or parts not in (None, len(shares)) or not all(0 < share < float("inf") for share in shares):
+        wanted = "" if parts is None else f"{parts} "
         raise UsageError(f"--sizes {sizes} is no list of {wanted}positive numbers", hint="such as --sizes 4,2,1")
     return shares
 

@@ -93,6 +93,18 @@ def find(hosts: str | None, hostfile: str | None, environ: Mapping[str, str] = o
     return Allocation("local", "this machine", (Host(LOCAL, gpus or cores),), gpus, cores)
 
 
+def check_hosts(hosts: str | None, hostfile: Path | None) -> None:
+    """Of a command line: that one of them is given at most, and that hosts are a list. Raises UsageError."""
+    if hosts is None:
+        return
+    if hostfile is not None:
+        raise UsageError("give -H or --hostfile, not both")
+    try:
+        parse_hosts(hosts)
+    except ValueError as error:
+        raise UsageError(f"-H {hosts}: {error}") from error
+
+
 def place(allocation: Allocation, ranks: int) -> Placement:
     """Fill hosts in their order. Raises when there are more ranks than slots: UsageError for hosts that were given,
     Unavailable for those of a job or this machine.

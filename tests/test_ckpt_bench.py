@@ -144,5 +144,5 @@ def test_a_place_that_cannot_be_used_is_refused(tmp_path: Path, capfd: pytest.Ca
     assert "cannot be written: Read-only file system" in capfd.readouterr().err
 
 
-def _refuse(**options: Any) -> str:
+def _refuse(*given: Any, **options: Any) -> str:
     raise OSError(30, os.strerror(30))

@@ -22,6 +22,7 @@ import numpy as np
 import numpy.typing as npt
 
 from harness.checkpoint.cached import share_in_cache
+from harness.checkpoint.commit import sync_directory
 
 Way = Literal["odirect", "buffered"]
 Bytes: TypeAlias = "npt.NDArray[np.uint8]"
@@ -73,7 +74,7 @@ def write(path: Path, data: Bytes, way: Way, *, offset: int = 0, threads: int = 
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
-    sync_folder(path.parent)
+    sync_directory(path.parent)
 
 
 def read(path: Path, data: Bytes, way: Way, *, offset: int = 0) -> None:
@@ -81,15 +82,6 @@ def read(path: Path, data: Bytes, way: Way, *, offset: int = 0) -> None:
     descriptor = _open(path, os.O_RDONLY, way)
     try:
         _move(lambda fd, view, at: os.preadv(fd, [view], at), descriptor, data, offset, path)
-    finally:
-        os.close(descriptor)
-
-
-def sync_folder(folder: Path) -> None:
-    """Make the names in a folder durable. Raises OSError."""
-    descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
-    try:
-        os.fsync(descriptor)
     finally:
         os.close(descriptor)
 

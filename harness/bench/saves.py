@@ -22,7 +22,7 @@ from harness.bench.contents import change, digest, wipe
 from harness.bench.rounds import timed
 from harness.bench.state import Training
 from harness.checkpoint import Comm, Manager, keep_all
-from harness.checkpoint.commit import DATA
+from harness.checkpoint.commit import DATA, sync_directory
 from harness.checkpoint.engines import EngineName, direct
 from harness.checkpoint.store import listing, remove
 from harness.errors import InternalError
@@ -101,7 +101,7 @@ class Ours:
         if self.comm.rank == 0 and self.folder.is_dir():
             for stored in listing(self.folder):
                 remove(stored.path)
-            raw.sync_folder(self.folder)
+            sync_directory(self.folder)
         self.comm.barrier()
 
 

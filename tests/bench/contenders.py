@@ -22,7 +22,7 @@ import torch
 from mpi4py import MPI
 from workloads import Workload
 
-from harness.bench import raw
+from harness.checkpoint.commit import sync_directory
 
 world = MPI.COMM_WORLD
 Save = Callable[[Path, Workload], "float | None"]
@@ -111,7 +111,7 @@ def torch_save(folder: Path, workload: Workload) -> None:
             torch.save(tensors, file)
             file.flush()
             os.fsync(file.fileno())
-        raw.sync_folder(folder)
+        sync_directory(folder)
     world.Barrier()
 
 
@@ -181,7 +181,7 @@ def _distributed() -> Iterator[Way | Absent]:
             writer = dcp.FileSystemWriter(folder / "dcp", thread_count=threads)
             dcp.save(state(workload), storage_writer=writer)
             if world.rank == 0:
-                raw.sync_folder(folder / "dcp")
+                sync_directory(folder / "dcp")
             world.Barrier()
 
         return save
@@ -192,7 +192,7 @@ def _distributed() -> Iterator[Way | Absent]:
         held = time.perf_counter() - began
         future.result()
         if world.rank == 0:
-            raw.sync_folder(folder / "dcp")
+            sync_directory(folder / "dcp")
         world.Barrier()
         return held
 

@@ -30,6 +30,7 @@ from harness.bench.contents import change, digest, wipe
 from harness.bench.rounds import Contender, run_rounds, timed
 from harness.bench.saves import Ours, total, traffic
 from harness.checkpoint.comm import Mpi
+from harness.checkpoint.commit import sync_directory
 from harness.checkpoint.engines import EngineName
 from harness.checkpoint.engines.filesystem import filesystem
 
@@ -122,7 +123,7 @@ def _fresh(folder: Path) -> None:
     if world.rank == 0:
         shutil.rmtree(folder, ignore_errors=True)
         folder.mkdir(parents=True)
-        raw.sync_folder(folder.parent)
+        sync_directory(folder.parent)
     world.Barrier()
 
 
