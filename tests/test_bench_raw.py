@@ -12,20 +12,21 @@ import pytest
 
 from harness.bench import raw
 from harness.checkpoint.cached import share_in_cache
+from harness.checkpoint.pages import aligned
 
 SIZE = 3 * mmap.PAGESIZE
 
 
 @pytest.fixture
 def data() -> raw.Bytes:
-    made = raw.aligned(SIZE - 100)
+    made = aligned(SIZE - 100)
     made[:] = np.random.default_rng(1).integers(0, 256, len(made), np.uint8)
     return made
 
 
 def test_buffers_are_whole_pages_at_a_page(data: raw.Bytes) -> None:
     assert len(data) == SIZE and data.ctypes.data % mmap.PAGESIZE == 0
-    assert len(raw.aligned(0)) == mmap.PAGESIZE and not raw.aligned(10).any()
+    assert len(aligned(0)) == mmap.PAGESIZE and not aligned(10).any()
 
 
 def test_what_is_written_is_read(data: raw.Bytes, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -38,7 +39,7 @@ def test_what_is_written_is_read(data: raw.Bytes, tmp_path: Path, monkeypatch: p
         raw.write(path, data, way, offset=SIZE, threads=2)
         assert path.read_bytes() == data.tobytes() * 2
         for how in found:
-            back = raw.aligned(SIZE)
+            back = aligned(SIZE)
             raw.read(path, back, how, offset=SIZE)
             assert np.array_equal(back, data)
     with pytest.raises(OSError, match="ends early") as error:

@@ -33,6 +33,7 @@ from harness.checkpoint import Comm, detect
 from harness.checkpoint.digest import block_digests
 from harness.checkpoint.engines.filesystem import filesystem
 from harness.checkpoint.engines.mpio import unavailable
+from harness.checkpoint.pages import aligned
 from harness.env import identify
 from harness.errors import Exit, HarnessError, StorageError, Unavailable
 from harness.units import show_size
@@ -96,7 +97,7 @@ class Plain:
 
     def work(self, number: int) -> dict[str, float]:
         """One round of it. Collective. Its memory is given back, for the others."""
-        data, copy = raw.aligned(self.share), raw.aligned(self.share)
+        data, copy = aligned(self.share), aligned(self.share)
         fill([torch.from_numpy(data.view(np.float32))], seed=self.comm.rank + self.comm.size * number)
         copy[:] = 1  # so that its pages are there
         path = self.folder / f"plain-{self.comm.rank}"

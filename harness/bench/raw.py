@@ -23,6 +23,7 @@ import numpy.typing as npt
 
 from harness.checkpoint.cached import share_in_cache
 from harness.checkpoint.commit import sync_directory
+from harness.checkpoint.pages import aligned
 
 Way = Literal["odirect", "buffered"]
 Bytes: TypeAlias = "npt.NDArray[np.uint8]"
@@ -32,11 +33,6 @@ PIECE = 64 << 20
 CACHED = 0.05
 """A file of which no larger share is in the page cache counts as cold."""
 _DROP = Path("/proc/sys/vm/drop_caches")
-
-
-def aligned(size: int) -> Bytes:
-    """Zeros that begin at a page, as writes around the page cache want them; whole pages: at least `size` bytes."""
-    return np.frombuffer(mmap.mmap(-1, max(pages(size), PAGE)), np.uint8)
 
 
 def pages(size: int) -> int:

@@ -14,6 +14,9 @@ from typing import Any, Literal, TypeAlias, cast, get_args
 import numpy as np
 
 from harness.checkpoint.comm import Comm
+from harness.checkpoint.engines.output import LARGE_PART
+from harness.checkpoint.input import Input
+from harness.checkpoint.layout import Layout
 from harness.errors import UsageError
 
 Read: TypeAlias = Literal["auto", "exchange", "all"]
@@ -28,13 +31,21 @@ def known(read: str) -> Read:
     return cast(Read, read)
 
 
-def all_read(read: Read, descriptor: int | None, lo: int, hi: int, comm: Comm) -> bool:
-    """Whether each rank reads for itself. `descriptor`: the file, bytes [lo, hi) of it count. Collective."""
+def each_reads(read: Read, source: Input | None, layout: Layout, comm: Comm) -> bool:
+    """Whether each rank reads for itself, from a source that is told to go around the page cache where that is faster.
+
+    Around it goes what is large, is not there, and is not read by a neighbour too. Collective.
+    """
+    cached = source is not None and share_in_cache(source.descriptor, layout.data_start, layout.data_end) >= MOSTLY
     if comm.mpi is None or comm.size == 1 or read != "auto":
-        return read == "all" or comm.mpi is None or comm.size == 1
-    here = comm.rank == 0 and descriptor is not None and share_in_cache(descriptor, lo, hi) >= MOSTLY
-    chosen: Any = comm.broadcast(here)
-    return bool(chosen) and one_node(comm.mpi)
+        each = read == "all" or comm.mpi is None or comm.size == 1
+    else:
+        chosen: Any = comm.broadcast(cached)  # rank 0's
+        each = bool(chosen) and one_node(comm.mpi)
+    large = layout.data_end - layout.data_start >= LARGE_PART
+    if source is not None and large and not cached and (comm.size == 1 or not each):
+        source.go_around()
+    return each
 
 
 def one_node(mpi: Any) -> bool:

@@ -13,9 +13,9 @@ from harness.checkpoint import store
 from harness.checkpoint.agree import describe
 from harness.checkpoint.cached import Read
 from harness.checkpoint.comm import Comm, Json
+from harness.checkpoint.delivery import load
 from harness.checkpoint.manifest import Manifest, NewerVersion, parse
 from harness.checkpoint.partial import Partial
-from harness.checkpoint.reader import load
 from harness.checkpoint.restoring import Report, Restore
 from harness.checkpoint.select import select
 from harness.checkpoint.state import State, complain, prepare

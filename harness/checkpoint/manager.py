@@ -37,7 +37,7 @@ from harness.checkpoint.restoring import Report
 from harness.checkpoint.saving import Saver
 from harness.checkpoint.state import State
 from harness.checkpoint.writing import Outcome
-from harness.errors import StorageError
+from harness.errors import StorageError, UsageError
 
 
 class Manager:
@@ -114,6 +114,7 @@ class Manager:
 
         Costs nothing that is not due: the clock and stops are asked for about once a second, in one small exchange.
         """
+        _check(state)
         self.poll()
         self._last = (step, state, metrics)
         asked = self._asked.after(step)
@@ -132,6 +133,7 @@ class Manager:
         wait: return once it is durable (None: as `background` says).
         Raises, on all ranks alike, SaveFailed where it cannot begin or, when waiting, where it fails; InUse.
         """
+        _check(state)
         wait = not self._background if wait is None else wait
         self._end(wait=wait or self._busy == "wait")
         if self._lazy:
@@ -192,6 +194,7 @@ class Manager:
         Raises DataError, on all ranks alike, where the checkpoint does not fit the state (which is then unchanged) or
         where none of several is good; InputMissing where the one that is named does not exist.
         """
+        _check(state)
         self._end(wait=True)
         loader = Loader(self.directory, self.comm, self._saver.good, self._log, self._read)
         found = loader.newest(state, partial) if which == "latest" else loader.chosen(which, state, partial)
@@ -282,3 +285,12 @@ class Manager:
     def _log(self, line: str) -> None:
         if self.comm.rank == 0:
             self._tell(line)
+
+
+def _check(state: State) -> None:
+    """Raises UsageError, on all ranks alike: it is the script that is wrong."""
+    if not isinstance(state, State):
+        raise UsageError(
+            f"a checkpoint is made of a State, not of {type(state).__name__}",
+            hint="for example State(model=model, optimizer=optimizer)",
+        )

@@ -20,6 +20,7 @@ import numpy as np
 
 from harness.checkpoint.gpu import Gpu, copy_from_device
 from harness.checkpoint.layout import Layout
+from harness.checkpoint.pages import aligned
 from harness.checkpoint.plan import Plan
 from harness.checkpoint.tensors import Bytes
 from harness.errors import InternalError
@@ -191,11 +192,7 @@ class Staging:
         if len(self._memory) < size:
             self._gpu.close()
             self._memory = np.empty(0, np.uint8)  # first, so that old and new do not exist at once
-            memory = mmap.mmap(-1, size)
-            # Writing around the page cache, and a GPU's copies, end in the pages that are here when they begin. A fork
-            # meanwhile (workers of a data loader) would leave those to the child; so children do not get them at all.
-            memory.madvise(mmap.MADV_DONTFORK)
-            self._memory = np.frombuffer(memory, np.uint8)
+            self._memory = aligned(size)
 
 
 def _grouped(buffers: Sequence[Buffer], pieces: Iterable[_Piece]) -> Iterator[_Group]:

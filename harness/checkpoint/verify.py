@@ -4,25 +4,18 @@
     report.damaged                  # ["model/fc.weight"], or [] where all is well
 
 The manifest, the HDF5 metadata and the table of digests are checked first (`store.check`), then every block of data.
-Threads read and digest side by side; memory is bounded by `jobs` pieces.
+Threads read and digest side by side; memory is bounded by `jobs` + 1 segments.
 """
 
 from __future__ import annotations
 
 import os
-import threading
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
-import numpy as np
-
-from harness.checkpoint.reader import Blocks
+from harness.checkpoint.blocks import SEGMENT, Blocks
 from harness.checkpoint.store import Damaged, check
-
-PIECE = 8 << 20
-"""Bytes that one thread reads and checks at a time."""
 
 
 @dataclass(frozen=True)
@@ -48,35 +41,18 @@ def verify(path: Path, *, jobs: int | None = None, progress: Callable[[int, int]
     manifest, _ = check(path)
     layout = manifest.layout
     blocks = Blocks(path, manifest)
-    step = max(1, PIECE // layout.block)
+    step = max(1, SEGMENT // layout.block)
     total = layout.data_end - layout.data_start
     damaged: list[int] = []
     done = 0
-    lock = threading.Lock()
-    starts = iter(range(0, layout.blocks, step))
-
-    def work() -> None:
-        nonlocal done
-        buffer = np.empty(min(total, step * layout.block), np.uint8)
-        while True:
-            with lock:
-                first = next(starts, None)
-            if first is None:
-                return
-            last = min(first + step, layout.blocks)
-            size = layout.block_range(last - 1)[1] - layout.block_range(first)[0]
-            found = blocks.read(first, last, buffer[:size])
-            with lock:
-                damaged.extend(found)
-                done += size
-                if progress is not None:
-                    progress(done, total)
-
     try:
-        with ThreadPoolExecutor(jobs or jobs_here(), "verify") as pool:
-            for worker in [pool.submit(work) for _ in range(jobs or jobs_here())]:
-                worker.result()
-        names = blocks.names(sorted(damaged))
+        segments = [(first, min(first + step, layout.blocks)) for first in range(0, layout.blocks, step)]
+        for found in blocks.ahead(segments, jobs or jobs_here()):
+            damaged += found.damaged
+            done += len(found.data)
+            if progress is not None:
+                progress(done, total)
+        names = blocks.names(damaged)
     except (OSError, EOFError) as error:
         raise Damaged(f"{path} cannot be read: {error}") from error
     finally:

@@ -6,17 +6,17 @@ Several ranks at once are in `ranks_checkpoint.py`.
 from __future__ import annotations
 
 import errno
-import fcntl
 import os
 import signal
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+from calls import fcntl_flags, patched
 
 from harness.checkpoint import Single
 from harness.checkpoint.digest import block_digests
@@ -96,23 +96,6 @@ class Sample:
             expected[lo:hi] = self.whole[lo:hi]
         start = self.layout.data_start
         assert np.array_equal(found[start:], expected[start:])
-
-
-@contextmanager
-def patched(name: str, act: Callable[..., Any]) -> Iterator[list[int]]:
-    """os.NAME becomes act(number of the call, original, *arguments); yields a list of how many calls there were."""
-    original, lock, calls = getattr(os, name), threading.Lock(), [0]
-
-    def call(*args: Any, **kwargs: Any) -> Any:
-        with lock:
-            number, calls[0] = calls[0], calls[0] + 1
-        return act(number, original, *args, **kwargs)
-
-    setattr(os, name, call)
-    try:
-        yield calls
-    finally:
-        setattr(os, name, original)
 
 
 @contextmanager
@@ -203,10 +186,6 @@ def test_a_refusal_at_any_write_is_made_up_for(threads: int, tmp_path: Path) -> 
         with nothing_left(), patched("pwrite", refuse):
             digests = Direct(io="odirect", threads=threads).write(path, sample.layout, images, Single())
         sample.check(path, digests)
-
-
-def fcntl_flags(descriptor: int) -> int:
-    return fcntl.fcntl(descriptor, fcntl.F_GETFL)
 
 
 @pytest.mark.parametrize("io", ["buffered", "odirect"])

@@ -25,7 +25,7 @@ from harness.checkpoint import (
     latest,
     open_checkpoint,
 )
-from harness.errors import Exit
+from harness.errors import Exit, UsageError
 
 
 def state(value: float) -> State:
@@ -47,6 +47,16 @@ def test_save_and_restore_with_nothing_but_numpy(tmp_path: Path) -> None:
     with open_checkpoint(path) as checkpoint:
         assert checkpoint.manifest.metrics == {"val/loss": 0.5, "bad": {"$float": "nan"}}
     saver.close()
+
+
+def test_what_is_no_state_is_refused_in_a_sentence(tmp_path: Path) -> None:
+    saver = manager(tmp_path)
+    wrong: Any = {"a": np.zeros(3)}
+    for call in (lambda: saver.save(1, wrong), lambda: saver.step(1, wrong), lambda: saver.restore(wrong)):
+        with pytest.raises(UsageError, match="made of a State, not of dict"):
+            call()
+    saver.close()
+    assert names(tmp_path) == []
 
 
 def test_the_same_step_again_is_a_new_checkpoint_and_replaces_the_old_one(tmp_path: Path) -> None:

@@ -22,6 +22,7 @@ from samples import manager
 from harness.checkpoint import Damaged, State, keep_all, keep_best, keep_every, keep_last, open_checkpoint, store
 from harness.checkpoint import forecast as forecast_module
 from harness.checkpoint import survey as survey_module
+from harness.checkpoint.blocks import SEGMENT
 from harness.checkpoint.forecast import forecast, sample_leaves
 from harness.checkpoint.layout import lay_out
 from harness.checkpoint.manifest import render
@@ -33,7 +34,7 @@ from harness.checkpoint.store import check, mark_damaged, read_manifest
 from harness.checkpoint.survey import Entry, survey
 from harness.checkpoint.tags import add_tag
 from harness.checkpoint.values import Difference, differences, state_differences, statistics
-from harness.checkpoint.verify import PIECE, verify
+from harness.checkpoint.verify import verify
 from harness.errors import DataError, InputMissing
 
 
@@ -244,7 +245,7 @@ def test_every_damaged_tensor_is_named(tmp_path: Path, jobs: int) -> None:
     seen: list[tuple[int, int]] = []
     report = verify(path, jobs=jobs, progress=lambda done, total: seen.append((done, total)))
     assert report.damaged == () and report.tensors == 8 and report.bytes >= 8 * 3_200_000
-    assert seen[-1] == (report.bytes, report.bytes) and len(seen) >= report.bytes / PIECE
+    assert seen[-1] == (report.bytes, report.bytes) and len(seen) >= report.bytes / SEGMENT
     assert [done for done, _ in seen] == sorted(done for done, _ in seen)
     layout = check(path)[0].layout
     starts = {leaf.name: int(start) for leaf, start in zip(layout.leaves, layout.starts, strict=True)}

@@ -17,12 +17,13 @@ from threads import Thread, World
 
 from harness.checkpoint import Manager, Single, State
 from harness.checkpoint import exchange as exchange_module
+from harness.checkpoint.blocks import Blocks
+from harness.checkpoint.delivery import load
 from harness.checkpoint.exchange import exchange, plan_transfers
 from harness.checkpoint.holders import Found, Holders, gather_holders
 from harness.checkpoint.layout import Layout, lay_out
 from harness.checkpoint.manifest import Manifest
 from harness.checkpoint.plan import Plan, level, make_plan
-from harness.checkpoint.reader import Blocks, load
 from harness.checkpoint.schema import Leaf
 from harness.checkpoint.shards import Box, Flat, Region, cuts, extent
 from harness.checkpoint.staging import Staging

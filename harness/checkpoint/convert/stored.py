@@ -7,10 +7,11 @@ from functools import partial
 
 import numpy as np
 
+from harness.checkpoint.blocks import Blocks
 from harness.checkpoint.commit import DATA
 from harness.checkpoint.convert.tensor import Source, Tensor
 from harness.checkpoint.layout import LARGE
-from harness.checkpoint.reader import Blocks, Checkpoint
+from harness.checkpoint.reader import Checkpoint
 from harness.checkpoint.store import Damaged
 from harness.checkpoint.tensors import Bytes
 

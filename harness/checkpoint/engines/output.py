@@ -24,7 +24,8 @@ from harness.checkpoint.tensors import Bytes
 Io = Literal["auto", "buffered", "odirect"]
 """auto: around the page cache for `LARGE_PART` bytes and more; odirect: for any size. Both fall back to buffered."""
 LARGE_PART = 8 << 20
-_REFUSED = (errno.EINVAL, errno.ENOTSUP, errno.ENOSYS)
+REFUSED = (errno.EINVAL, errno.ENOTSUP, errno.ENOSYS)
+"""What a file system answers that cannot do it."""
 
 
 class Output:
@@ -41,7 +42,7 @@ class Output:
                 self._around = os.open(path, flags | os.O_DIRECT)
                 self.odirect = True
             except OSError as error:
-                if error.errno not in _REFUSED:
+                if error.errno not in REFUSED:
                     os.close(self._cached)
                     raise
 
@@ -79,7 +80,7 @@ class Output:
             try:
                 count = os.pwrite(self._around, data[done:end].data, offset + done)
             except OSError as error:
-                if error.errno not in _REFUSED:
+                if error.errno not in REFUSED:
                     raise
                 self.odirect = False  # for all threads, from their next image on
                 return done

@@ -1,0 +1,101 @@
+"""The data file of a checkpoint, read in whole blocks that are checked.
+
+    blocks = Blocks(path, manifest)
+    for first, last, data, damaged in blocks.ahead(segments):   # threads read the next ones meanwhile
+        ...
+    blocks.close()
+
+While one thread waits for the disk, another one checks digests, and the caller deals with what has come: none of these
+holds Python's lock.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+
+from harness.checkpoint.commit import DATA
+from harness.checkpoint.digest import block_digests
+from harness.checkpoint.input import Input
+from harness.checkpoint.manifest import Manifest
+from harness.checkpoint.pages import aligned
+from harness.checkpoint.store import open_data, read_table
+from harness.checkpoint.tensors import Bytes
+
+SEGMENT = 8 << 20
+"""Bytes that one thread reads and checks at a time. More does not stay in a processor's caches until it is used."""
+THREADS = 2
+Segment = tuple[int, int]
+"""Blocks [first, last)."""
+
+
+class Found(NamedTuple):
+    """The bytes of blocks [first, last), and the numbers of those that are damaged."""
+
+    first: int
+    last: int
+    data: Bytes
+    damaged: list[int]
+
+
+class Blocks:
+    """Raises Damaged when opened. `source`: where the bytes come from."""
+
+    def __init__(self, path: Path, manifest: Manifest) -> None:
+        self.path = path
+        self.layout = manifest.layout
+        self.source = Input(open_data(path, manifest), path / DATA)
+        try:
+            self._table = read_table(self.source.descriptor, path, manifest)
+        except BaseException:
+            self.close()
+            raise
+
+    def read(self, first: int, last: int, buffer: Bytes) -> list[int]:
+        """Fill the buffer with blocks [first, last). Returns the numbers of damaged ones. Raises OSError, EOFError."""
+        lo, _ = self.layout.block_range(first)
+        self.source.read(buffer, lo)
+        found = np.array(block_digests(buffer, self.layout.block), np.uint64)
+        damaged: list[int] = (first + np.flatnonzero(found != self._table[first:last])).tolist()
+        return damaged
+
+    def ahead(self, segments: Sequence[Segment], threads: int = THREADS) -> Iterator[Found]:
+        """The segments in order, read and checked by threads. The data are good until the next one is asked for.
+
+        It holds one segment more than `threads` in memory. Raises OSError, EOFError.
+        """
+        largest = max((self.size(*segment) for segment in segments), default=0)
+        free = [aligned(largest) for _ in range(min(threads + 1, len(segments)))]
+        reading: deque[tuple[Future[Found], Bytes]] = deque()
+
+        def fetch(first: int, last: int, memory: Bytes) -> Found:
+            data = memory[: self.size(first, last)]
+            return Found(first, last, data, self.read(first, last, data))
+
+        with ThreadPoolExecutor(threads, "checkpoint-reader") as pool:
+            for first, last in segments:
+                if not free:
+                    future, memory = reading.popleft()
+                    yield future.result()
+                    free.append(memory)
+                memory = free.pop()
+                reading.append((pool.submit(fetch, first, last, memory), memory))
+            for future, _ in reading:
+                yield future.result()
+
+    def size(self, first: int, last: int) -> int:
+        """Bytes of blocks [first, last)."""
+        return self.layout.block_range(last - 1)[1] - self.layout.block_range(first)[0]
+
+    def names(self, blocks: Sequence[int]) -> list[str]:
+        """Names of the tensors that have bytes in these blocks."""
+        pieces = (piece for block in blocks for piece in self.layout.pieces(*self.layout.block_range(block)))
+        return list(dict.fromkeys(self.layout.leaves[piece.leaf].name for piece in pieces))
+
+    def close(self) -> None:
+        self.source.close()

@@ -1,0 +1,169 @@
+"""A checkpoint's blocks to where they are wanted, on all ranks: read once where that can be, checked, exchanged.
+
+    load(path, manifest, {"model/fc.weight": [sink]}, comm)
+
+See `restoring` for sinks, `cached` for who reads what, `blocks` for reading.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from harness.checkpoint.blocks import SEGMENT, Blocks, Found, Segment
+from harness.checkpoint.cached import Read, each_reads
+from harness.checkpoint.comm import Comm
+from harness.checkpoint.commit import DATA
+from harness.checkpoint.input import Input
+from harness.checkpoint.manifest import Manifest
+from harness.checkpoint.store import Damaged
+from harness.checkpoint.tensors import Bytes
+from harness.checkpoint.wanted import Sink, gather_wanted, wanted_blocks
+from harness.errors import InternalError
+
+_NAMED = 20
+
+
+def load(
+    path: Path, manifest: Manifest, sinks: Mapping[str, Sequence[Sink]], comm: Comm, *, read: Read = "auto"
+) -> None:
+    """Fill the sinks, by leaf name, from a checkpoint. Collective; ranks may have different sinks.
+
+    With MPI, what several ranks want (`gather_wanted`) is read and checked by them in shares and exchanged, so that
+    each byte leaves the file system once; without, or where `cached.all_read` finds that faster (`read`: "auto", else
+    "exchange" or "all"), every rank reads what it wants. Raises Damaged, on all ranks alike,
+    naming the damaged tensors; the sinks may then be partly filled.
+    """
+    reading = _Reading(path, manifest, sinks)
+    try:
+        if not each_reads(read, reading.source, manifest.layout, comm):
+            for ranks, blocks in gather_wanted(manifest.layout, sinks, comm):
+                _read_together(reading, blocks, ranks, comm.mpi)
+        for found in reading.fetch(_segments(reading.wanted, manifest.layout.block, 1)):
+            if reading.good:
+                reading.deliver(found.first, found.last, found.data)
+        verdicts: list[Any] = comm.all_gather(reading.verdict())
+    finally:
+        reading.close()
+    failed = next((verdict["failed"] for verdict in verdicts if verdict["failed"]), None)
+    if failed:
+        raise InternalError(f"the checkpoint {path} could not be restored: {failed}")
+    damaged = list(dict.fromkeys(name for verdict in verdicts for name in verdict["damaged"]))
+    unreadable = next((verdict["unreadable"] for verdict in verdicts if verdict["unreadable"]), None)
+    if damaged:
+        shown = ", ".join(damaged[:_NAMED]) + (f" and {len(damaged) - _NAMED} more" if len(damaged) > _NAMED else "")
+        raise Damaged(f"{path / DATA}: damaged: {shown}", proven=True)
+    if unreadable:
+        raise Damaged(unreadable)
+
+
+def _read_together(reading: _Reading, blocks: npt.NDArray[np.bool_], ranks: Sequence[int], world: Any) -> None:
+    """Some ranks read the blocks that all of them want: each a share, which it sends to the others."""
+    some = len(ranks) < world.Get_size()
+    mpi = world.Create_group(world.Get_group().Incl(ranks)) if some else world
+    size, rank = mpi.Get_size(), mpi.Get_rank()
+    segments = _segments(blocks, reading.layout.block, size)
+    own = reading.fetch(segments[rank::size])
+    for start in range(0, len(segments), size):
+        found = next(own, None)
+        if all(_gather_flags(mpi, reading.good)):
+            for owner, segment in enumerate(segments[start : start + size]):
+                data = found.data if found is not None and owner == rank else reading.room(*segment)
+                mpi.Bcast(data, root=owner)
+                reading.deliver(*segment, data)
+    if some:
+        mpi.Free()
+
+
+class _Reading:
+    """One rank's part of `load`. Errors are kept until all ranks can hear of them.
+
+    `wanted`: the blocks with bytes for the sinks that have not been delivered yet, bool[blocks].
+    """
+
+    def __init__(self, path: Path, manifest: Manifest, sinks: Mapping[str, Sequence[Sink]]) -> None:
+        self.layout, self._sinks, self._path = manifest.layout, sinks, path
+        self.wanted = wanted_blocks(self.layout, sinks)
+        self._damaged: list[int] = []
+        self._unreadable: str | None = None
+        self._failed: str | None = None
+        self._received = np.empty(0, np.uint8)
+        self._blocks: Blocks | None = None
+        try:
+            self._blocks = Blocks(path, manifest)
+        except Damaged as error:
+            self._unreadable = error.message
+
+    @property
+    def source(self) -> Input | None:
+        """The open file, None where it could not be opened."""
+        return None if self._blocks is None else self._blocks.source
+
+    @property
+    def good(self) -> bool:
+        return not self._damaged and self._unreadable is None and self._failed is None
+
+    def fetch(self, segments: Sequence[Segment]) -> Iterator[Found]:
+        """Read these segments. After damage it goes on, so that all of it gets known; after an error no more come."""
+        if self._blocks is None or self._unreadable is not None:
+            return
+        try:
+            for found in self._blocks.ahead(segments):
+                self._damaged += found.damaged
+                yield found
+        except (OSError, EOFError) as error:
+            self._unreadable = f"{self._path / DATA} cannot be read: {error}"
+        except Exception as error:
+            self._failed = self._failed or f"{type(error).__name__}: {error}"
+
+    def room(self, first: int, last: int) -> Bytes:
+        """Memory for blocks [first, last) that another rank sends."""
+        size = self.layout.block_range(last - 1)[1] - self.layout.block_range(first)[0]
+        if len(self._received) < size:
+            self._received = np.empty(size, np.uint8)
+        return self._received[:size]
+
+    def deliver(self, first: int, last: int, data: Bytes) -> None:
+        """Hand the blocks' bytes to the sinks they belong to, each block once."""
+        base = self.layout.block_range(first)[0]
+        try:
+            for begin, end in _runs(first + np.flatnonzero(self.wanted[first:last])):
+                lo, hi = self.layout.block_range(begin)[0], self.layout.block_range(end - 1)[1]
+                for piece in self.layout.pieces(lo, hi):
+                    for sink in self._sinks.get(self.layout.leaves[piece.leaf].name, ()):
+                        sink.write(piece.lo, data[piece.offset - base : piece.offset - base + piece.hi - piece.lo])
+        except Exception as error:
+            self._failed = self._failed or f"{type(error).__name__}: {error}"
+        self.wanted[first:last] = False
+
+    def verdict(self) -> dict[str, Any]:
+        names = self._blocks.names(self._damaged) if self._blocks is not None else []
+        if self._damaged and not names:
+            names = ["the space between tensors"]
+        return {"damaged": names[:1000], "unreadable": self._unreadable, "failed": self._failed}
+
+    def close(self) -> None:
+        if self._blocks is not None:
+            self._blocks.close()
+
+
+def _segments(needed: npt.NDArray[np.bool_], block: int, ranks: int) -> list[Segment]:
+    """The needed blocks as runs [first, last): at most SEGMENT bytes each, and enough of them to share."""
+    numbers = np.flatnonzero(needed)
+    step = max(1, min(SEGMENT // block, -(-len(numbers) // ranks)))
+    return [(at, min(at + step, last)) for first, last in _runs(numbers) for at in range(first, last, step)]
+
+
+def _runs(numbers: npt.NDArray[np.int64]) -> list[tuple[int, int]]:
+    breaks = np.flatnonzero(np.diff(numbers) != 1) + 1
+    return [(int(run[0]), int(run[-1]) + 1) for run in np.split(numbers, breaks) if len(run)]
+
+
+def _gather_flags(mpi: Any, flag: bool) -> list[bool]:
+    flags = np.empty(mpi.Get_size(), np.uint8)
+    mpi.Allgather(np.array([flag], np.uint8), flags)
+    return [bool(value) for value in flags]
