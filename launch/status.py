@@ -6,6 +6,7 @@ Not here: finding out (`runs.py`).
 from __future__ import annotations
 
 import json
+import shlex
 import sys
 import time
 from collections.abc import Sequence
@@ -75,6 +76,8 @@ def facts(life: Life) -> list[tuple[str, str]]:
         rows.append(("last end", life.ended))
     if life.updated is not None:
         rows.append(("last sign", f"{show_duration(max(0.0, time.time() - life.updated))} ago"))
+    if life.state in ("failed", "lost", "stopped"):
+        rows.append(("go on with", f"harness {'run' if life.job is None else 'submit'} {shlex.quote(life.directory)}"))
     return rows
 
 

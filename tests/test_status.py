@@ -20,7 +20,8 @@ from support import ROOT
 from harness.rundir import RunDir, write_json
 from launch import jobs
 from launch.cli import execute
-from launch.runs import find_runs, look
+from launch.runs import Life, find_runs, look
+from launch.status import facts
 
 
 @pytest.fixture(autouse=True)
@@ -82,6 +83,21 @@ def test_a_run_that_nobody_runs_is_lost(state: str) -> None:
     life = look(make("runs/a", state=state))
     assert (life.state, life.alive, life.rate) == ("lost", False, None)
     assert life.ended == "it ended without a word"
+
+
+@pytest.mark.parametrize(
+    ("state", "job", "command"),
+    [
+        ("stopped", None, "harness run 'runs/a b'"),
+        ("failed", None, "harness run 'runs/a b'"),
+        ("lost", "17", "harness submit 'runs/a b'"),
+        ("running", None, None),
+        ("queued", "17", None),
+        ("finished", None, None),
+    ],
+)
+def test_how_a_run_goes_on_is_told(state: str, job: str | None, command: str | None) -> None:
+    assert dict(facts(Life("runs/a b", state, job=job))).get("go on with") == command
 
 
 def test_a_run_on_another_host_is_believed_as_long_as_it_gives_signs_of_life() -> None:
