@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import shlex
 import shutil
 import signal
@@ -25,17 +24,8 @@ from pathlib import Path
 from typing import Any
 
 from figures import page, plot
+from mpirun import PATIENT, command, environment
 from workloads import NAMES
-
-HERE = Path(__file__).resolve().parent
-ENVIRONMENT = {
-    "OMPI_MCA_io": "romio321",
-    "OMPI_MCA_rmaps_base_oversubscribe": "1",
-    "OMPI_MCA_hwloc_base_binding_policy": "none",
-    "OMPI_MCA_mpi_yield_when_idle": "1",
-    "OMP_NUM_THREADS": "1",
-    "TORCHSNAPSHOT_DISABLE_TELEMETRY": "1",
-}
 
 
 def run(ranks: int, folder: Path, args: argparse.Namespace) -> list[dict[str, Any]]:
@@ -43,11 +33,9 @@ def run(ranks: int, folder: Path, args: argparse.Namespace) -> list[dict[str, An
     out = folder / "found.json"
     options = ["--folder", str(folder / "data"), "--out", str(out), "--scale", str(args.scale)]
     options += ["--rounds", str(args.rounds), *args.workloads]
-    root = ["--allow-run-as-root"] if os.geteuid() == 0 else []
-    command = ["mpirun", *root, "-np", str(ranks), sys.executable, str(HERE / "saving.py"), *options]
-    path = os.pathsep.join([str(HERE.parent.parent), os.environ.get("PYTHONPATH", "")]).rstrip(os.pathsep)
+    words = command(ranks, "saving.py", *options)
     (folder / "data").mkdir()
-    with subprocess.Popen(command, env={**os.environ, **ENVIRONMENT, "PYTHONPATH": path}) as job:
+    with subprocess.Popen(words, env=environment(**PATIENT, TORCHSNAPSHOT_DISABLE_TELEMETRY="1")) as job:
         try:
             code = job.wait(args.timeout)
         except subprocess.TimeoutExpired:
@@ -55,7 +43,7 @@ def run(ranks: int, folder: Path, args: argparse.Namespace) -> list[dict[str, An
         finally:
             job.terminate()  # also where this one is: mpirun ends its ranks then
     if code:
-        raise SystemExit(f"{shlex.join(command)} ended with code {code}")
+        raise SystemExit(f"{shlex.join(words)} ended with code {code}")
     shutil.rmtree(folder / "data")
     found: list[dict[str, Any]] = json.loads(out.read_text())
     return found

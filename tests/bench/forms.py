@@ -33,11 +33,11 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from mpirun import PATIENT, ROOT, command, environment
 
-ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))
 
-from harness.parallel.traffic import allreduce_bytes  # noqa: E402
+from harness.parallel.traffic import allreduce_bytes
 
 EVERY = 8
 """Local steps between two averages; runs are multiples of it long."""
@@ -148,16 +148,7 @@ FORMS: dict[int, list[Form]] = {
 }
 QUICK = {2: [0, 1, 5, 6], 4: [5]}
 """Of those, what a quick run tries: each way of sending once."""
-ENVIRONMENT = {
-    "OMPI_ALLOW_RUN_AS_ROOT": "1",
-    "OMPI_ALLOW_RUN_AS_ROOT_CONFIRM": "1",
-    "OMPI_MCA_rmaps_base_oversubscribe": "1",
-    "OMPI_MCA_hwloc_base_binding_policy": "none",
-    "OMPI_MCA_mpi_yield_when_idle": "1",
-    "OMPI_MCA_pml_monitoring_enable": "1",
-    "OMPI_MCA_pml_monitoring_enable_output": "3",
-    "OMP_NUM_THREADS": "1",
-}
+MONITORED = {"OMPI_MCA_pml_monitoring_enable": "1", "OMPI_MCA_pml_monitoring_enable_output": "3"}
 
 
 @dataclass(frozen=True)
@@ -207,16 +198,8 @@ def run(form: Form, ranks: int, model: Model, args: argparse.Namespace) -> Run:
     }
     try:
         done = subprocess.run(
-            [
-                *("mpirun", "-np", str(ranks), sys.executable, str(Path(__file__).with_name("one_form.py"))),
-                *(json.dumps(config), str(args.warm), str(args.late), str(int(args.turns))),
-            ],
-            env={
-                **os.environ,
-                **ENVIRONMENT,
-                "OMPI_MCA_pml_monitoring_filename": str(folder / "sent"),
-                "PYTHONPATH": str(ROOT),
-            },
+            command(ranks, "one_form.py", json.dumps(config), str(args.warm), str(args.late), str(int(args.turns))),
+            env=environment(**PATIENT, **MONITORED, OMPI_MCA_pml_monitoring_filename=str(folder / "sent")),
             cwd=folder,
             capture_output=True,
             text=True,

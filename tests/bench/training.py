@@ -10,19 +10,13 @@ Starts `train.py` and `behind.py` by mpirun on two ranks, and `starts.py`; see t
 from __future__ import annotations
 
 import argparse
-import os
 import subprocess
 import sys
 import tempfile
 from pathlib import Path
 
-HERE = Path(__file__).resolve().parent
-ENVIRONMENT = {
-    "OMPI_MCA_io": "romio321",
-    "OMPI_MCA_rmaps_base_oversubscribe": "1",
-    "OMPI_MCA_hwloc_base_binding_policy": "none",
-    "OMP_NUM_THREADS": "1",
-}
+from mpirun import HERE, command, environment
+
 PARTS = (
     (
         "Training steps",
@@ -61,15 +55,13 @@ def main() -> None:
 
 def run(name: str, options: list[str], ranks: int) -> str:
     """What one of them prints. Raises SystemExit where it fails."""
-    root = ["--allow-run-as-root"] if os.geteuid() == 0 else []
-    script = [sys.executable, str(HERE / name), *options]
-    command = [*script, "--ranks", str(ranks)] if name == "starts.py" else ["mpirun", *root, "-np", str(ranks), *script]
-    path = os.pathsep.join(filter(None, [str(HERE.parent.parent), os.environ.get("PYTHONPATH")]))
-    environment = {**os.environ, **ENVIRONMENT, "PYTHONPATH": path}
+    words = command(ranks, name, *options)
+    if name == "starts.py":  # which starts the ranks itself
+        words = [sys.executable, str(HERE / name), *options, "--ranks", str(ranks)]
     with tempfile.TemporaryDirectory(prefix=".bench-", dir=".") as folder:
-        done = subprocess.run(command, cwd=folder, env=environment, stdout=subprocess.PIPE, text=True, timeout=3600)
+        done = subprocess.run(words, cwd=folder, env=environment(), stdout=subprocess.PIPE, text=True, timeout=3600)
     if done.returncode:
-        raise SystemExit(f"{' '.join(command)} ended with code {done.returncode}")
+        raise SystemExit(f"{' '.join(words)} ended with code {done.returncode}")
     return done.stdout
 
 
