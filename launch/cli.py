@@ -138,6 +138,7 @@ def run(
 def submit(
     config: ConfigPath,
     overrides: Overrides = None,
+    ranks: Ranks = None,
     site: Sites = None,
     chain: Annotated[int, typer.Option("--chain", min=0, max=1000, help="So many jobs that go on after it.")] = 0,
     sweep: Annotated[
@@ -151,7 +152,7 @@ def submit(
     from launch.submit import submit as submit_runs
     from launch.submit import sweeps
 
-    values, parent = overrides or [], None
+    values, parent = [*(overrides or []), *_flags(ranks, None, None, None)], None
     resolved = [resolve(config, values, sites=site or [])]
     if sweep:
         parent = Path(resolved[0].config.directory)

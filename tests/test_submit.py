@@ -84,6 +84,12 @@ def test_a_dry_run_touches_nothing(here: Path, capsys: pytest.CaptureFixture[str
     assert sorted(path.name for path in here.iterdir()) == ["bin", "run.yaml"]
 
 
+def test_ranks_can_be_said_as_for_run(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    fake(here, "sbatch", "echo 41")
+    assert execute(["submit", "run.yaml", "-n", "8", "slurm.nodes=2", "--dry-run"]) == 0
+    assert "#SBATCH --ntasks-per-node=4" in capsys.readouterr().out.splitlines()
+
+
 @pytest.mark.parametrize("sweep", [(), ("--sweep", "seed=1,2")])
 def test_a_dry_run_prints_what_is_submitted(
     sweep: tuple[str, ...], here: Path, capsys: pytest.CaptureFixture[str]
