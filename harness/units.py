@@ -82,6 +82,11 @@ def show_duration(seconds: float) -> str:
     return f"{hours} h {minutes:02d} min"
 
 
+def show_seconds(seconds: float) -> str:
+    """'12.3 ms', '1.23 s': of what is measured."""
+    return f"{seconds * 1000:.1f} ms" if seconds < 1 else f"{seconds:.2f} s"
+
+
 def show_size(count: float) -> str:
     """'512 B', '3.4 MB', '1.2 GB' (powers of 1000)."""
     for unit in ("B", "kB", "MB", "GB", "TB"):

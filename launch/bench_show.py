@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 from rich.console import Console
 from rich.table import Table
 
-from harness.units import show_size
+from harness.units import show_seconds, show_size
 
 if TYPE_CHECKING:
     from harness.config import Config
@@ -119,7 +119,7 @@ def _scaling_table(rows: Sequence[Mapping[str, Any]]) -> Table:
             str(row["ranks"]),
             f"{row['samples_per_s']:.4g}",
             f"{row['efficiency']:.0%}",
-            _time(row["step_s"]),
+            show_seconds(row["step_s"]),
             _part(row["communication"]),
             show_size(row["sent_bytes_per_step"]),
         )
@@ -133,7 +133,7 @@ def _settings_table(last: Told) -> Table:
         row = setting(one, last)
         table.add_row(
             row["name"],
-            _time(row["step_s"]),
+            show_seconds(row["step_s"]),
             f"{row['ratio']:.2f} ({row['ratio_least']:.2f} to {row['ratio_most']:.2f})" if row["changes"] else "1",
             _part(row["communication"]),
             "" if row["exact"] else "changes the mathematics",
@@ -146,10 +146,6 @@ def _table(*columns: str) -> Table:
     for name in columns:
         table.add_column(name, justify="right", no_wrap=True)
     return table
-
-
-def _time(seconds: float) -> str:
-    return f"{seconds * 1e3:.3g} ms" if seconds < 1 else f"{seconds:.3g} s"
 
 
 def _part(share: Told | None) -> str:

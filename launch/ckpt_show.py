@@ -120,7 +120,7 @@ def show_tensors(
 
 def show_forecast(found: Forecast, *, as_json: bool) -> None:
     """`harness ckpt plan`."""
-    from harness.units import show_size
+    from harness.units import show_seconds, show_size
 
     if as_json:
         print_json(asdict(found))
@@ -136,7 +136,7 @@ def show_forecast(found: Forecast, *, as_json: bool) -> None:
         ("balance", spread),
         (f"rank {found.rank}", f"{show_size(found.bytes)} in {len(found.ranges)} range{several} of the file"),
         ("its ranges", f"{', '.join(ranges)}{more}" if ranges else "none: there are more ranks than blocks"),
-        ("planning", f"{_ms(cold)} for the first save, {_ms(warm)} for the next ones"),
+        ("planning", f"{show_seconds(cold)} for the first save, {show_seconds(warm)} for the next ones"),
         ("memory", f"{show_size(found.memory)} at most, for planning"),
         *_cost(found),
     ]
@@ -255,10 +255,6 @@ def _or(value: object) -> str:
 def _first(aliases: Mapping[str, str]) -> str:
     name, target = next(iter(sorted(aliases.items())))
     return f"{name} = {target}"
-
-
-def _ms(seconds: float) -> str:
-    return f"{seconds * 1000:.1f} ms" if seconds < 1 else f"{seconds:.2f} s"
 
 
 def _plain(value: object) -> object:

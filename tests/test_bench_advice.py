@@ -67,7 +67,7 @@ def test_the_defaults_are_best_where_nothing_gains() -> None:
 def test_lazy_mode_is_advised_where_it_gains() -> None:
     advice = advise(result())
     assert advice.yaml == {"mode": "lazy"}
-    assert any("4.0 ms only, where forward and backward pass take 0.20 s or more" in one for one in advice.sentences)
+    assert any("4.0 ms only, where forward and backward pass take 200.0 ms or more" in one for one in advice.sentences)
 
 
 def test_an_engine_that_is_far_quicker_is_advised() -> None:

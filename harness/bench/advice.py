@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from harness.bench.rounds import Rounds, Spread
-from harness.units import show_size
+from harness.units import show_seconds, show_size
 
 LAZY_GAIN = 0.005
 """Seconds of training per save for which another mode is worth a line in the config."""
@@ -106,8 +106,8 @@ def advise(result: Mapping[str, Any]) -> Advice:
     writes = rounds.seconds(*_of(rounds, "raw write"))
     if writes.count and writes.most > UNSTEADY * writes.least:
         told.append(
-            f"plain writes took {_ms(writes.least)} in one round and {_ms(writes.most)} in another: others use this"
-            " disk, so measure again, with more --rounds, before you rely on it"
+            f"plain writes took {show_seconds(writes.least)} in one round and {show_seconds(writes.most)} in another:"
+            " others use this disk, so measure again, with more --rounds, before you rely on it"
         )
     return Advice(tuple(told), yaml)
 
@@ -122,7 +122,7 @@ def _best(rounds: Rounds, engines: list[str]) -> str:
 def _why(rounds: Rounds, best: str, engines: list[str]) -> str:
     def of(name: str) -> str:
         durable, held = rounds.seconds(f"save {name}").median, rounds.seconds(f"held up {name}").median
-        return f"is durable after {_ms(durable)} and holds training up for {_ms(held)}"
+        return f"is durable after {show_seconds(durable)} and holds training up for {show_seconds(held)}"
 
     others = [f"{name} {of(name)}" for name in engines if name != best]
     head = f"engine {best} is the best here: it {of(best)}" if others else f"engine {best} {of(best)}"
@@ -136,15 +136,15 @@ def _mode(rounds: Rounds, best: str, yaml: dict[str, str]) -> Iterator[str]:
         if lazy < held / 2 and held - lazy > LAZY_GAIN:
             yaml["mode"] = "lazy"
             yield (
-                f"mode lazy holds it up for {_ms(lazy)} only, where forward and backward pass take {_ms(copied)} or"
-                " more, in which the copy is made"
+                f"mode lazy holds it up for {show_seconds(lazy)} only, where forward and backward pass take"
+                f" {show_seconds(copied)} or more, in which the copy is made"
             )
             held = lazy
         else:
-            yield f"mode lazy would hold it up for {_ms(lazy)}, which gains nothing worth having"
+            yield f"mode lazy would hold it up for {show_seconds(lazy)}, which gains nothing worth having"
     yield f"one save per minute holds training up for {held / 60:.2%} of the time"
     first = rounds.first(f"save {best}")
-    yield f"the first save of a run takes {_ms(first)}"
+    yield f"the first save of a run takes {show_seconds(first)}"
 
 
 def _rounds(result: Mapping[str, Any]) -> Rounds:
@@ -158,10 +158,6 @@ def _of(rounds: Rounds, start: str) -> list[str]:
 def _inverse(ratio: Spread) -> Spread:
     """Of times a share: half the speed for twice the time."""
     return Spread(1 / ratio.median, 1 / ratio.most, 1 / ratio.least, ratio.count)
-
-
-def _ms(seconds: float) -> str:
-    return f"{seconds * 1000:.1f} ms" if seconds < 0.1 else f"{seconds:.2f} s"
 
 
 def speed(row: Row) -> str:
