@@ -243,8 +243,10 @@ def _mpi_env(job: Job, mpi: Mpi | None) -> dict[str, str]:
         if mpi.major == 4 and "OMPI_MCA_odls_base_sigkill_timeout" not in job.inherited:
             # twice so many seconds pass before the ranks of a job that has failed are killed: nothing comes of them
             env["OMPI_MCA_odls_base_sigkill_timeout"] = "0"
-        if job.oversubscribed:
-            env["OMPI_MCA_mpi_yield_when_idle"] = "1"  # ranks that wait let others run
+        if (job.oversubscribed or not job.gpus) and "OMPI_MCA_mpi_yield_when_idle" not in job.inherited:
+            # who waits lets others run: each rank has a thread of Horovod's beside those that compute, which waits for
+            # the other ranks' a thousand times a second
+            env["OMPI_MCA_mpi_yield_when_idle"] = "1"
         return env
     if mpi.family == "intel":
         pin = {"I_MPI_PIN": "0"} if job.bind == "none" else {"I_MPI_PIN_DOMAIN": job.bind}

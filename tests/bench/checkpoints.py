@@ -24,7 +24,7 @@ from pathlib import Path
 from typing import Any
 
 from figures import page, plot
-from mpirun import PATIENT, command, environment
+from mpirun import command, environment
 from workloads import NAMES
 
 
@@ -35,7 +35,7 @@ def run(ranks: int, folder: Path, args: argparse.Namespace) -> list[dict[str, An
     options += ["--rounds", str(args.rounds), *args.workloads]
     words = command(ranks, "saving.py", *options)
     (folder / "data").mkdir()
-    with subprocess.Popen(words, env=environment(**PATIENT, TORCHSNAPSHOT_DISABLE_TELEMETRY="1")) as job:
+    with subprocess.Popen(words, env=environment(TORCHSNAPSHOT_DISABLE_TELEMETRY="1")) as job:
         try:
             code = job.wait(args.timeout)
         except subprocess.TimeoutExpired:

@@ -33,7 +33,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from mpirun import PATIENT, ROOT, command, environment
+from mpirun import ROOT, command, environment
 
 sys.path.insert(0, str(ROOT))
 
@@ -199,7 +199,7 @@ def run(form: Form, ranks: int, model: Model, args: argparse.Namespace) -> Run:
     try:
         done = subprocess.run(
             command(ranks, "one_form.py", json.dumps(config), str(args.warm), str(args.late), str(int(args.turns))),
-            env=environment(**PATIENT, **MONITORED, OMPI_MCA_pml_monitoring_filename=str(folder / "sent")),
+            env=environment(**MONITORED, OMPI_MCA_pml_monitoring_filename=str(folder / "sent")),
             cwd=folder,
             capture_output=True,
             text=True,

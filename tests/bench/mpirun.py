@@ -19,18 +19,15 @@ def command(ranks: int, script: str, *options: str) -> list[str]:
 
 
 def environment(**more: str) -> dict[str, str]:
-    """Of this process, with what Open MPI needs, and `more`."""
+    """Of this process, with what `harness run` sets for Open MPI, and `more`."""
     needed = {
         "OMPI_ALLOW_RUN_AS_ROOT": "1",
         "OMPI_ALLOW_RUN_AS_ROOT_CONFIRM": "1",
         "OMPI_MCA_rmaps_base_oversubscribe": "1",
         "OMPI_MCA_hwloc_base_binding_policy": "none",
         "OMPI_MCA_io": "romio321",  # its own MPI-IO can hang with HDF5
+        "OMPI_MCA_mpi_yield_when_idle": "1",
         "OMP_NUM_THREADS": "1",
         "PYTHONPATH": os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")])),
     }
     return {**os.environ, **needed, **more}
-
-
-PATIENT = {"OMPI_MCA_mpi_yield_when_idle": "1"}
-"""Ranks that wait leave their core to others: where there are more ranks than cores."""
