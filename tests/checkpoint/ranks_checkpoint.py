@@ -8,7 +8,6 @@ Every function called `check_...` is one test, run in turn by all ranks; the fir
 from __future__ import annotations
 
 import itertools
-import os
 import shutil
 import sys
 import uuid
@@ -303,7 +302,7 @@ class Checks:
             assert (path / "damaged.json").exists()
 
     def check_ways_of_reading(self) -> None:
-        import harness.checkpoint.reader as module
+        import harness.checkpoint.delivery as module
 
         self.manager("reading").save(1, State(**trained_state()))
         original = module._read_together
@@ -320,24 +319,24 @@ class Checks:
         assert "read='fast' is unknown; it is auto, exchange, all" in message
 
     def check_a_rank_that_cannot_read(self) -> None:
-        import harness.checkpoint.reader as module
+        from harness.checkpoint.blocks import Blocks
 
         manager = self.manager("unreadable")
         for step in (1, 2):
             manager.save(step, State(**trained_state(step)))
-        original = module.read_all
+        original = Blocks.read
         broken = "step-00000002"
 
-        def failing(descriptor: int, buffer: Any, offset: int) -> None:
-            if broken in os.readlink(f"/proc/self/fd/{descriptor}"):
+        def failing(self: Blocks, first: int, last: int, buffer: Any) -> list[int]:
+            if broken in str(self.path):
                 raise OSError(5, "Input/output error")
-            original(descriptor, buffer, offset)
+            return original(self, first, last, buffer)
 
         if self.comm.rank == self.comm.size - 1:
-            module.read_all = failing
+            Blocks.read = failing  # type: ignore[method-assign]
         state = big_state(seed=3)
         step = manager.restore(State(**state))
-        module.read_all = original
+        Blocks.read = original  # type: ignore[method-assign]
         assert step == 1 and as_bits(state) == as_bits(trained_state(1))
         assert manager.restore(State(**state)) == 2, "nothing was marked: it may have been the rank's fault"
 

@@ -163,7 +163,9 @@ def test_killed_at_any_call(tmp_path: Path) -> None:
 def test_short_writes_are_completed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     original, reading = os.pwrite, os.preadv
     monkeypatch.setattr(os, "pwrite", lambda d, data, at: original(d, memoryview(data)[: max(1, len(data) // 3)], at))
-    monkeypatch.setattr(os, "preadv", lambda d, views, at: reading(d, [views[0][: max(1, len(views[0]) // 2)]], at))
+    monkeypatch.setattr(
+        os, "preadv", lambda d, views, at, *how: reading(d, [views[0][: max(1, len(views[0]) // 2)]], at, *how)
+    )
     manager(tmp_path).save(1, State(arrays=arrays(1)))
     step, found = restored(tmp_path)
     assert step == 1 and same(found, arrays(1))

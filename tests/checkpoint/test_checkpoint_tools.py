@@ -280,7 +280,7 @@ def test_an_error_while_reading_is_told(tmp_path: Path, monkeypatch: pytest.Monk
     def fail(*_: Any) -> list[int]:
         raise OSError(5, "Input/output error")
 
-    monkeypatch.setattr("harness.checkpoint.reader.Blocks.read", fail)
+    monkeypatch.setattr("harness.checkpoint.blocks.Blocks.read", fail)
     with pytest.raises(Damaged, match=r"cannot be read: .*Input/output error") as caught:
         verify(path)
     assert not caught.value.proven, "it may be good, elsewhere or later"
