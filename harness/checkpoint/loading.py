@@ -51,7 +51,7 @@ class Loader:
                     )
                 return None
             path = self._directory / found["name"]
-            manifest = parse(found["manifest"])
+            manifest = self._good[path] if self._comm.rank == 0 else parse(found["manifest"])
             try:
                 self._load(path, manifest, state, partial)
             except store.Damaged as error:
@@ -63,17 +63,19 @@ class Loader:
     def chosen(self, which: Which, state: State, partial: Partial | None) -> Manifest:
         """Restore the one that the user names. Collective. Raises InputMissing, DataError."""
         said: dict[str, Any] = {}
+        manifest = None
         if self._comm.rank == 0:
             try:
                 path = select(self._directory, which)
-                said = {"path": str(path), "manifest": store.check(path)[1]}
+                manifest, text = store.check(path)
+                said = {"path": str(path), "manifest": text}
             except (HarnessError, OSError) as error:
                 said = {"error": describe(error), "kind": type(error).__name__}
         found: Any = self._comm.broadcast(said)
         if "error" in found:
             kind = _KINDS.get(found["kind"], DataError)
             raise kind(found["error"]["message"], hint=found["error"]["hint"])
-        manifest = parse(found["manifest"])
+        manifest = manifest or parse(found["manifest"])
         self._load(Path(found["path"]), manifest, state, partial)
         return manifest
 

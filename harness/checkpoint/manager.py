@@ -35,6 +35,7 @@ from harness.checkpoint.partial import Partial
 from harness.checkpoint.policy import Keep, When, keep_last
 from harness.checkpoint.restoring import Report
 from harness.checkpoint.saving import Saver
+from harness.checkpoint.snapshot import no_collection
 from harness.checkpoint.state import State
 from harness.checkpoint.writing import Outcome
 from harness.errors import StorageError, UsageError
@@ -197,7 +198,8 @@ class Manager:
         _check(state)
         self._end(wait=True)
         loader = Loader(self.directory, self.comm, self._saver.good, self._log, self._read)
-        found = loader.newest(state, partial) if which == "latest" else loader.chosen(which, state, partial)
+        with no_collection():
+            found = loader.newest(state, partial) if which == "latest" else loader.chosen(which, state, partial)
         self.report = loader.report
         self._saver.restored()
         return None if found is None else found.step

@@ -221,8 +221,8 @@ def _aliases(value: dict[str, Any], layout: Layout) -> dict[str, str]:
     by_name = {leaf.name: leaf for leaf in layout.leaves}
     if any(not isinstance(target, str) or target not in by_name for target in value.values()):
         raise ValueError("an alias stands for no leaf")
-    # Second names obey the rules of first ones.
-    check_schema([*layout.leaves, *(Leaf(name, "bool", ()) for name in value)])
+    if value:  # second names obey the rules of first ones
+        check_schema([*layout.leaves, *(Leaf(name, "bool", ()) for name in value)])
     return value
 
 
