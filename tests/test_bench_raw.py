@@ -89,3 +89,12 @@ def test_dropped_files_are_cold(data: raw.Bytes, tmp_path: Path) -> None:
         assert share_in_cache(descriptor, 0, size) < 0.5
     finally:
         os.close(descriptor)
+
+
+def test_warmed_files_are_in_the_cache(data: raw.Bytes, tmp_path: Path) -> None:
+    raw.write(tmp_path / "x", data, "buffered")
+    raw.drop([tmp_path / "x"])
+    raw.warm(tmp_path / "x")
+    descriptor = os.open(tmp_path / "x", os.O_RDONLY)
+    assert share_in_cache(descriptor, 0, SIZE) == 1
+    os.close(descriptor)

@@ -108,7 +108,7 @@ def test_a_rank_that_hangs_is_found_and_the_run_ends_as_if_it_had_not(go: Go, ca
     assert the_same(run.tensors(), calm.tensors)
 
 
-@pytest.mark.parametrize("calm", [on_2, on_4], indirect=True)
+@also_on_4
 def test_an_exception_a_killed_launcher_and_a_rank_killed_before_it_has_met_the_others(go: Go, calm: Calm) -> None:
     last = calm.last
     plan = [("step", "raise", 2, last), ("data", "kill launcher", 6, 1), ("start", "sleep", 1, last)]

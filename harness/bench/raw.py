@@ -100,6 +100,14 @@ def drop(paths: Iterable[Path]) -> bool:
     return all(_cold(path) for path in files)
 
 
+def warm(path: Path) -> None:
+    """Bring a file into this machine's page cache. Raises OSError."""
+    piece = bytearray(8 << 20)
+    with open(path, "rb", buffering=0) as file:
+        while file.readinto(piece):
+            pass
+
+
 def _advise(path: Path) -> None:
     descriptor = os.open(path, os.O_RDONLY)
     try:

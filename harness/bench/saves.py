@@ -79,6 +79,9 @@ class Ours:
         self.cold = raw.drop([path]) and self.cold
         found = {}
         for kind in ("cold", "warm"):
+            if kind == "warm":
+                raw.warm(path)  # a cold restore may have gone around the cache
+                self.comm.barrier()
             wipe(self.training.tensors)
             reader = Manager(self.folder, self.comm, log=lambda line: None)
             before = traffic()
