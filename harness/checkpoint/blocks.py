@@ -6,8 +6,8 @@
     blocks.close()
 
 While one thread waits for the disk, another one checks digests, and the caller deals with what has come: none of these
-holds Python's lock. Measured on two cores: 1 to 6 threads and segments of 4 to 32 MiB are equally fast where the disk is
-the limit; from the page cache 32 MiB take 1.3 to 1.5 times as long as 8.
+holds Python's lock. Measured on two cores: 1 to 6 threads and segments of 4 to 32 MiB are equally fast where the disk
+is the limit; from the page cache 32 MiB take 1.3 to 1.5 times as long as 8.
 """
 
 from __future__ import annotations
