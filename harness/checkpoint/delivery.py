@@ -34,9 +34,9 @@ def load(
     """Fill the sinks, by leaf name, from a checkpoint. Collective; ranks may have different sinks.
 
     With MPI, what several ranks want (`gather_wanted`) is read and checked by them in shares and exchanged, so that
-    each byte leaves the file system once; without, or where `cached.all_read` finds that faster (`read`: "auto", else
-    "exchange" or "all"), every rank reads what it wants. Raises Damaged, on all ranks alike,
-    naming the damaged tensors; the sinks may then be partly filled.
+    each byte leaves the file system once; without, or where `cached.each_reads` finds that faster (`read`: "auto", else
+    "exchange" or "all"), every rank reads what it wants. Raises Damaged, on all ranks alike, naming the damaged
+    tensors; the sinks may then be partly filled.
     """
     reading = _Reading(path, manifest, sinks)
     try:
