@@ -64,7 +64,7 @@ def plan_of(config: Config, ranks: int, *, uneven: bool = False) -> BatchPlan:
     if (servers := config.parallel.without_samples) >= ranks:
         raise ConfigError(
             f"{_count(ranks, 'rank')}, of which the parameter server takes {servers}: none is left to train",
-            hint=f"start at least {servers + 1} ranks, or set parallel.servers",
+            hint=f"start at least {servers + 1} ranks" + (", or set parallel.servers to less" if servers > 1 else ""),
         )
     return plan_batch(
         uneven=uneven or config.launch.elastic,

@@ -373,19 +373,22 @@ class Config(Section):
 
     @model_validator(mode="after")
     def _fits(self) -> Config:
+        wrong = []
         if self.horovod.op != "average" and self.horovod.predivide is not None:
-            raise ValueError("horovod.predivide goes with horovod.op=average only")
+            wrong.append("horovod.predivide goes with horovod.op=average only")
         if self.horovod.op == "adasum":
             # Adasum combines steps that ranks have already taken
             train = self.train
             if train.clip_norm or train.clip_value or train.precision == "fp16" or train.nonfinite == "skip":
-                raise ValueError(
+                wrong.append(
                     "horovod.op=adasum cannot clip, skip a step or use fp16: train.clip_norm, train.clip_value,"
                     " train.nonfinite=skip and train.precision=fp16 go with average and sum"
                 )
-        check_parallel(self)
+        wrong += check_parallel(self)
         if self.launch.hosts is not None and self.launch.hostfile is not None:
-            raise ValueError("give launch.hosts or launch.hostfile, not both")
+            wrong.append("give launch.hosts or launch.hostfile, not both")
+        if wrong:
+            raise ValueError("; ".join(wrong))
         return self
 
 

@@ -133,6 +133,10 @@ def describe(job: Job) -> str:
     where = f"{ranks} rank{'s' * (ranks != 1)} on {hosts} host{'s' * (hosts != 1)}"
     if job.plan.each > 1:
         where += f" in {job.plan.replicas} replica{'s' * (job.plan.replicas != 1)} of {job.plan.each}"
+    parallel = job.config.parallel
+    where += f", optimizer shards: {parallel.optimizer_shards}" if parallel.optimizer_shards != "none" else ""
+    where += f", averaged every {parallel.average_every} steps" if parallel.local else ""
+    where += f", {job.world.servers} of them servers" if job.world.servers else ""
     return (
         f"{job.config.task.name}: {parameters:,} parameters, {job.order.samples:,} samples, {job.steps:,} steps of"
         f" {job.plan.global_batch}; {where}, {job.world.device.type}; {job.run.root}"

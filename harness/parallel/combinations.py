@@ -1,7 +1,7 @@
 """What the forms of training do not go together with; looked at when a config is read.
 
 >>> check_parallel(config)                                                              # doctest: +SKIP
-ValueError: parallel.average_every=8 averages parameters, not gradients: it does not go with train.ema
+['parallel.average_every=8 averages parameters, not gradients: it does not go with train.ema']
 """
 
 from __future__ import annotations
@@ -14,10 +14,11 @@ if TYPE_CHECKING:
     from harness.config import Config
 
 
-def check_parallel(config: Config) -> None:
-    """Raises ValueError with all that is in the way."""
+def check_parallel(config: Config) -> list[str]:
+    """All that is in the way, as sentences."""
+    found: list[str] = []
     if config.parallel.local:
-        _refuse(
+        found += _clashes(
             f"parallel.average_every={config.parallel.average_every} averages parameters, not gradients",
             {
                 "horovod.op": config.horovod.op != "average",
@@ -29,7 +30,7 @@ def check_parallel(config: Config) -> None:
             },
         )
     if config.parallel.strategy == "parameter_server":
-        _refuse(
+        found += _clashes(
             "parallel.strategy=parameter_server has its own way to combine gradients, in slices",
             {
                 "horovod.op": config.horovod.op != "average",
@@ -44,7 +45,7 @@ def check_parallel(config: Config) -> None:
             },
         )
     if config.parallel.optimizer_shards != "none":
-        _refuse(
+        found += _clashes(
             f"parallel.optimizer_shards={config.parallel.optimizer_shards} cuts parameters anywhere",
             {
                 "horovod.op=adasum": config.horovod.op == "adasum",
@@ -53,7 +54,7 @@ def check_parallel(config: Config) -> None:
             },
         )
     if config.parallel.each > 1:
-        _refuse(
+        found += _clashes(
             "parallel.model and parallel.pipeline give each rank a part of the model",
             {
                 "horovod.op=adasum": config.horovod.op == "adasum",
@@ -62,6 +63,7 @@ def check_parallel(config: Config) -> None:
                 f"optim.name={config.optim.name}": not _elementwise(config.optim.name),
             },
         )
+    return found
 
 
 def _elementwise(optimizer: str) -> bool:
@@ -70,6 +72,6 @@ def _elementwise(optimizer: str) -> bool:
     return not module or (module == "torch.optim" and name in ELEMENTWISE)
 
 
-def _refuse(why: str, wrong: dict[str, bool]) -> None:
-    if found := [name for name, holds in wrong.items() if holds]:
-        raise ValueError(f"{why}: it does not go with {' and '.join(found)}")
+def _clashes(why: str, wrong: dict[str, bool]) -> list[str]:
+    found = [name for name, holds in wrong.items() if holds]
+    return [f"{why}: it does not go with {' and '.join(found)}"] if found else []

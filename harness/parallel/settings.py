@@ -62,14 +62,20 @@ class Parallel(Section):
     def _fits(self) -> Parallel:
         if self.outer is not None and not self.local:
             raise ValueError("outer needs average_every: the steps between two of its own")
-        if self.local and self.optimizer_shards != "none":
-            raise ValueError("average_every takes whole optimizers: it does not go with optimizer_shards")
-        if self.local and self.each > 1:
-            raise ValueError("average_every takes whole models: it does not go with model and pipeline")
-        if self.optimizer_shards != "none" and self.each > 1:
-            raise ValueError("optimizer_shards cuts whole parameters: it does not go with model and pipeline")
-        if self.strategy == "parameter_server" and (self.local or self.each > 1 or self.optimizer_shards != "none"):
-            raise ValueError("parameter_server goes without average_every, model, pipeline, optimizer_shards")
+        parts = [f"{name}={ranks}" for name, ranks in (("model", self.model), ("pipeline", self.pipeline)) if ranks > 1]
+        shards = [f"optimizer_shards={self.optimizer_shards}"] if self.optimizer_shards != "none" else []
+        steps = [f"average_every={self.average_every}"] if self.local else []
+        for why, holds, others in (
+            ("average_every takes whole models and optimizers", self.local, parts + shards),
+            ("optimizer_shards cuts whole parameters", bool(shards), parts),
+            (
+                "strategy parameter_server is a form of its own",
+                self.strategy == "parameter_server",
+                parts + shards + steps,
+            ),
+        ):
+            if holds and others:
+                raise ValueError(f"{why}: it does not go with {' and '.join(others)}")
         if self.strategy != "parameter_server" and (self.servers, self.staleness) != (1, 0):
             raise ValueError("servers and staleness need strategy parameter_server")
         return self
