@@ -136,7 +136,7 @@ def describe(job: Job) -> str:
     parallel = job.config.parallel
     where += f", optimizer shards: {parallel.optimizer_shards}" if parallel.optimizer_shards != "none" else ""
     where += f", averaged every {parallel.average_every} steps" if parallel.local else ""
-    where += f", {job.world.servers} of them servers" if job.world.servers else ""
+    where += f", of which {job.world.servers} serve{'s' * (job.world.servers == 1)}" if job.world.servers else ""
     return (
         f"{job.config.task.name}: {parameters:,} parameters, {job.order.samples:,} samples, {job.steps:,} steps of"
         f" {job.plan.global_batch}; {where}, {job.world.device.type}; {job.run.root}"
