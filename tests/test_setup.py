@@ -421,7 +421,7 @@ def test_quickstart_and_test_pass_their_arguments_on(checkout: Path) -> None:
     command(checkout / ".venv/bin", "python", 'printf "%s|" "$PWD" "$@"')
     assert source(checkout, 'fingerprint >"$state/stamp"').returncode == 0
     shown = run("bash", checkout / "launch/test.sh", "-k", "a or b")
-    assert shown.stdout.startswith(f"{checkout}|-m|pytest|") and shown.stdout.endswith("|-k|a or b|")
+    assert shown.stdout == f"{checkout}|-m|pytest|-n|2|--dist|loadfile|--no-loadscope-reorder|-k|a or b|"
 
 
 # ---- versions --------------------------------------------------------------------------------------------------------

@@ -35,6 +35,11 @@ Segment = tuple[int, int]
 """Blocks [first, last)."""
 
 
+def cut(first: int, last: int, most: int) -> Iterator[Segment]:
+    """Blocks [first, last) in segments of so many blocks at the most."""
+    return ((at, min(at + most, last)) for at in range(first, last, most))
+
+
 class Found(NamedTuple):
     """The bytes of blocks [first, last), and the numbers of those that are damaged."""
 
@@ -91,7 +96,8 @@ class Blocks:
 
     def size(self, first: int, last: int) -> int:
         """Bytes of blocks [first, last)."""
-        return self.layout.block_range(last - 1)[1] - self.layout.block_range(first)[0]
+        lo, hi = self.layout.span(first, last)
+        return hi - lo
 
     def names(self, blocks: Sequence[int]) -> list[str]:
         """Names of the tensors that have bytes in these blocks."""

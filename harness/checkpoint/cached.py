@@ -37,8 +37,8 @@ def each_reads(read: Read, source: Input | None, layout: Layout, comm: Comm) -> 
     Around it goes what is large, is not there, and is not read by a neighbour too. Collective.
     """
     cached = source is not None and share_in_cache(source.descriptor, layout.data_start, layout.data_end) >= MOSTLY
-    if comm.mpi is None or comm.size == 1 or read != "auto":
-        each = read == "all" or comm.mpi is None or comm.size == 1
+    if (alone := comm.mpi is None or comm.size == 1) or read != "auto":
+        each = alone or read == "all"
     else:
         chosen: Any = comm.broadcast(cached)  # rank 0's
         each = bool(chosen) and one_node(comm.mpi)

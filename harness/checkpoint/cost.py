@@ -70,7 +70,7 @@ def cost(layout: Layout, *, rank: int, size: int, odirect: bool = True) -> Cost:
 def count(layout: Layout, *, rank: int, size: int, odirect: bool = True) -> Operations:
     """What `rank` of `size` does in one save."""
     plan = make_plan(layout, rank=rank, size=size)
-    runs = [(layout.block_range(first)[0], layout.block_range(last - 1)[1]) for first, last in plan.runs]
+    runs = [layout.span(*run) for run in plan.runs]
     own = sum(hi - lo for lo, hi in runs)
     around = odirect and own >= LARGE_PART
     writes = 0

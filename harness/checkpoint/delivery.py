@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from harness.checkpoint.blocks import SEGMENT, Blocks, Found, Segment
+from harness.checkpoint.blocks import SEGMENT, Blocks, Found, Segment, cut
 from harness.checkpoint.cached import Read, each_reads
 from harness.checkpoint.comm import Comm
 from harness.checkpoint.commit import DATA
@@ -123,18 +123,17 @@ class _Reading:
 
     def room(self, first: int, last: int) -> Bytes:
         """Memory for blocks [first, last) that another rank sends."""
-        size = self.layout.block_range(last - 1)[1] - self.layout.block_range(first)[0]
-        if len(self._received) < size:
-            self._received = np.empty(size, np.uint8)
-        return self._received[:size]
+        lo, hi = self.layout.span(first, last)
+        if len(self._received) < hi - lo:
+            self._received = np.empty(hi - lo, np.uint8)
+        return self._received[: hi - lo]
 
     def deliver(self, first: int, last: int, data: Bytes) -> None:
         """Hand the blocks' bytes to the sinks they belong to, each block once."""
         base = self.layout.block_range(first)[0]
         try:
             for begin, end in _runs(first + np.flatnonzero(self.wanted[first:last])):
-                lo, hi = self.layout.block_range(begin)[0], self.layout.block_range(end - 1)[1]
-                for piece in self.layout.pieces(lo, hi):
+                for piece in self.layout.pieces(*self.layout.span(begin, end)):
                     for sink in self._sinks.get(self.layout.leaves[piece.leaf].name, ()):
                         sink.write(piece.lo, data[piece.offset - base : piece.offset - base + piece.hi - piece.lo])
         except Exception as error:
@@ -156,7 +155,7 @@ def _segments(needed: npt.NDArray[np.bool_], block: int, ranks: int) -> list[Seg
     """The needed blocks as runs [first, last): at most SEGMENT bytes each, and enough of them to share."""
     numbers = np.flatnonzero(needed)
     step = max(1, min(SEGMENT // block, -(-len(numbers) // ranks)))
-    return [(at, min(at + step, last)) for first, last in _runs(numbers) for at in range(first, last, step)]
+    return [segment for first, last in _runs(numbers) for segment in cut(first, last, step)]
 
 
 def _runs(numbers: npt.NDArray[np.int64]) -> list[tuple[int, int]]:

@@ -119,4 +119,4 @@ def _fresh(leaves: Sequence[Leaf]) -> list[Leaf]:
 
 def _ranges(layout: Layout, ranks: int, rank: int) -> list[tuple[int, int]]:
     plan = make_plan(layout, rank=rank, size=ranks)
-    return [(layout.block_range(first)[0], layout.block_range(last - 1)[1]) for first, last in plan.runs]
+    return [layout.span(*run) for run in plan.runs]

@@ -15,9 +15,8 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
-from harness.checkpoint.engines.output import REFUSED
 from harness.checkpoint.file import read_all
-from harness.checkpoint.layout import PAGE
+from harness.checkpoint.pages import move_pages
 from harness.checkpoint.tensors import Bytes
 
 
@@ -51,18 +50,10 @@ class Input:
 
     def _read_around(self, buffer: Bytes, offset: int) -> int:
         """Read what is aligned, from the beginning on. Returns how many bytes were read."""
-        if self._around is None or self._refused or offset % PAGE or buffer.ctypes.data % PAGE:
+        around = self._around
+        if around is None or self._refused:
             return 0
-        done, end = 0, len(buffer) - len(buffer) % PAGE
-        while done < end:
-            try:
-                count = os.preadv(self._around, [buffer[done:end].data], offset + done)
-            except OSError as error:
-                if error.errno not in REFUSED:
-                    raise
-                self._refused = True  # for all threads, from their next read on
-                return done
-            done += count
-            if done % PAGE or count == 0:  # a short read has left an end that is not aligned
-                return done
+        done, refused = move_pages(lambda part, at: os.preadv(around, [part.data], at), buffer, offset)
+        if refused:
+            self._refused = True  # for all threads, from their next read on
         return done

@@ -91,6 +91,10 @@ class Layout:
         lo = self.data_start + index * self.block
         return lo, min(lo + self.block, self.data_end)
 
+    def span(self, first: int, last: int) -> tuple[int, int]:
+        """The file bytes [lo, hi) of blocks [first, last)."""
+        return self.block_range(first)[0], self.block_range(last - 1)[1]
+
     def blocks_of(self, leaves: npt.ArrayLike) -> npt.NDArray[np.bool_]:
         """Which blocks hold bytes of these leaves (indices): bool[blocks]. O(blocks + leaves)."""
         chosen = np.asarray(leaves, np.int64)

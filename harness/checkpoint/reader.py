@@ -19,7 +19,7 @@ from typing import Any, TypeAlias
 import numpy as np
 import numpy.typing as npt
 
-from harness.checkpoint.blocks import SEGMENT, Blocks
+from harness.checkpoint.blocks import SEGMENT, Blocks, Segment, cut
 from harness.checkpoint.commit import DATA
 from harness.checkpoint.schema import Leaf
 from harness.checkpoint.store import Damaged, check
@@ -84,7 +84,7 @@ class Checkpoint:
         layout = self.manifest.layout
         damaged: list[int] = []
         for first, last in self._cut(layout.data_start, layout.data_end):
-            lo, hi = layout.block_range(first)[0], layout.block_range(last - 1)[1]
+            lo, hi = layout.span(first, last)
             damaged += self._read(first, last, np.empty(hi - lo, np.uint8))
         names = self._blocks.names(damaged)
         return names if names or not damaged else ["the space between tensors"]
@@ -113,7 +113,7 @@ class Checkpoint:
         base = int(layout.starts[index])
         buffer = np.empty(0, np.uint8)
         for first, last in self._cut(base + start, base + stop, most):
-            lo, hi = layout.block_range(first)[0], layout.block_range(last - 1)[1]
+            lo, hi = layout.span(first, last)
             if len(buffer) < hi - lo:
                 buffer = np.empty(hi - lo, np.uint8)
             if self._read(first, last, buffer[: hi - lo]):
@@ -121,13 +121,11 @@ class Checkpoint:
             begin, end = max(lo, base + start), min(hi, base + stop)
             yield begin - base, buffer[begin - lo : end - lo]
 
-    def _cut(self, lo: int, hi: int, most: int = SEGMENT) -> Iterator[tuple[int, int]]:
+    def _cut(self, lo: int, hi: int, most: int = SEGMENT) -> Iterator[Segment]:
         """File bytes [lo, hi) as runs of blocks of at most a segment."""
         layout = self.manifest.layout
         first, last = (lo - layout.data_start) // layout.block, -(-(hi - layout.data_start) // layout.block)
-        step = max(1, most // layout.block)
-        for block in range(first, last, step) if hi > lo else ():
-            yield block, min(block + step, last)
+        return cut(first, last, max(1, most // layout.block)) if hi > lo else iter(())
 
     def _read(self, first: int, last: int, buffer: Bytes) -> list[int]:
         try:

@@ -98,7 +98,7 @@ class Staging:
         self._layout = None
         self._images, self._runs, needed = [], [], 0
         for first, last in plan.runs:
-            lo, hi = layout.block_range(first)[0], layout.block_range(last - 1)[1]
+            lo, hi = layout.span(first, last)
             self._runs.append((lo, hi, needed))
             needed += -(-(hi - lo) // mmap.PAGESIZE) * mmap.PAGESIZE
         self._reserve(needed)

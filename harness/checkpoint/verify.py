@@ -14,7 +14,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-from harness.checkpoint.blocks import SEGMENT, Blocks
+from harness.checkpoint.blocks import SEGMENT, Blocks, cut
 from harness.checkpoint.store import Damaged, check
 
 
@@ -46,8 +46,7 @@ def verify(path: Path, *, jobs: int | None = None, progress: Callable[[int, int]
     damaged: list[int] = []
     done = 0
     try:
-        segments = [(first, min(first + step, layout.blocks)) for first in range(0, layout.blocks, step)]
-        for found in blocks.ahead(segments, jobs or jobs_here()):
+        for found in blocks.ahead([*cut(0, layout.blocks, step)], jobs or jobs_here()):
             damaged += found.damaged
             done += len(found.data)
             if progress is not None:

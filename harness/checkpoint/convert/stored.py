@@ -62,7 +62,7 @@ class _Window:
     def _fetch(self, first: int, last: int) -> None:
         layout = self._layout
         last = min(max(last, first + _AHEAD // layout.block), layout.blocks)
-        size = layout.block_range(last - 1)[1] - layout.block_range(first)[0]
+        size = self._blocks.size(first, last)
         if len(self._buffer) < size:
             self._buffer = np.empty(size, np.uint8)
         self._first = self._last = 0

@@ -90,7 +90,7 @@ def _fill(path: Path, layout: Layout, tensors: Mapping[str, Tensor]) -> Table:
     try:
         for first in range(0, layout.blocks, step):
             last = min(first + step, layout.blocks)
-            lo, hi = layout.block_range(first)[0], layout.block_range(last - 1)[1]
+            lo, hi = layout.span(first, last)
             image[:] = 0
             for piece in layout.pieces(lo, hi):
                 leaf = layout.leaves[piece.leaf]

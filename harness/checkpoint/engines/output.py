@@ -11,21 +11,18 @@ the cache; so does everything once the file system has refused (EINVAL), wheneve
 
 from __future__ import annotations
 
-import errno
 import os
 from pathlib import Path
 from types import TracebackType
 from typing import Literal
 
 from harness.checkpoint.file import write_all
-from harness.checkpoint.layout import PAGE
+from harness.checkpoint.pages import REFUSED, move_pages
 from harness.checkpoint.tensors import Bytes
 
 Io = Literal["auto", "buffered", "odirect"]
 """auto: around the page cache for `LARGE_PART` bytes and more; odirect: for any size. Both fall back to buffered."""
 LARGE_PART = 8 << 20
-REFUSED = (errno.EINVAL, errno.ENOTSUP, errno.ENOSYS)
-"""What a file system answers that cannot do it."""
 
 
 class Output:
@@ -73,18 +70,10 @@ class Output:
 
     def _write_around(self, data: Bytes, offset: int) -> int:
         """Write what is aligned, from the beginning on. Returns how many bytes were written."""
-        if self._around is None or offset % PAGE or data.ctypes.data % PAGE:
+        around = self._around
+        if around is None:
             return 0
-        done, end = 0, len(data) - len(data) % PAGE
-        while done < end:
-            try:
-                count = os.pwrite(self._around, data[done:end].data, offset + done)
-            except OSError as error:
-                if error.errno not in REFUSED:
-                    raise
-                self.odirect = False  # for all threads, from their next image on
-                return done
-            done += count
-            if done % PAGE or count == 0:  # a short write has left an end that is not aligned
-                return done
+        done, refused = move_pages(lambda part, at: os.pwrite(around, part.data, at), data, offset)
+        if refused:
+            self.odirect = False  # for all threads, from their next image on
         return done
