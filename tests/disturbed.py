@@ -38,8 +38,8 @@ restart: {{backoff: 100ms}}
 """
 Plan = Sequence[tuple[str, str, int, int]]
 """What `troubled:Troubled` does in each attempt."""
-DEADLINE = 25.0
-"""Seconds from a trouble to the record of its end; 10 on a quiet machine."""
+DEADLINE = 90.0
+"""Seconds from a trouble to the record of its end: 10 on a quiet machine, and no wait for limits of minutes."""
 
 
 @dataclass

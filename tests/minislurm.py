@@ -135,7 +135,7 @@ class MiniSlurm:
         self.init = None
 
     # -- life cycle
-    def start(self, timeout=20):
+    def start(self, timeout=60):
         t0 = time.time()
         d = self.d
         for x in ["state", "spool", "log", "munge", "run", "out"] + [f"tmp/n{i + 1}" for i in range(self.n)]:

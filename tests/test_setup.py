@@ -339,7 +339,7 @@ def test_interrupt_ends_the_step_and_all_it_started(checkout: Path, tmp_path: Pa
     shell = subprocess.Popen(["bash", "-c", script], stdout=subprocess.PIPE, text=True, start_new_session=True)
     wait_until(lambda: pids.exists() and len(pids.read_text().split()) == 2)
     shell.send_signal(number)
-    out, _ = shell.communicate(timeout=20)
+    out, _ = shell.communicate(timeout=60)
     assert shell.returncode == 130
     assert "the same command goes on from here" in out
     wait_until(lambda: not any(alive(int(pid)) for pid in pids.read_text().split()))
@@ -357,7 +357,7 @@ def test_second_setup_waits_for_the_first(checkout: Path) -> None:
         assert "waiting for it" in second.stdout.readline()
         stamp.write_text(right)  # the first one ends well
         os.killpg(first.pid, signal.SIGTERM)
-        out, _ = second.communicate(timeout=20)
+        out, _ = second.communicate(timeout=60)
     assert (second.returncode, out) == (0, "")
 
 
@@ -384,7 +384,7 @@ def test_second_run_is_quick_and_silent(checkout: Path) -> None:
     began = time.monotonic()
     shown = run("bash", checkout / "launch/setup.sh")
     assert (shown.returncode, shown.stdout) == (0, "")
-    assert time.monotonic() - began < 5
+    assert time.monotonic() - began < 20
 
 
 @pytest.mark.parametrize(

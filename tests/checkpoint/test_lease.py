@@ -272,7 +272,7 @@ for number in range(int(sys.argv[3])):
     barrier, tried, results = fork.Barrier(count), fork.Barrier(count), fork.Queue()
     children = [fork.Process(target=contend, args=(directory, barrier, tried, results)) for _ in range(count)]
     for child in children: child.start()
-    found = [results.get(timeout=30) for _ in children]
+    found = [results.get(timeout=90) for _ in children]
     for child in children: child.join(30)
     assert found.count(True) == 1 and found.count(None) == count - 1, (number, found)
 """
