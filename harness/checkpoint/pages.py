@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import mmap
 from collections.abc import Callable
@@ -21,8 +22,11 @@ def aligned(size: int) -> Bytes:
     What goes around the page cache, and a GPU's copies, ends in the pages that are here when it begins. A fork
     meanwhile (workers of a data loader) would leave those to the child; so children do not get them at all.
     """
-    memory = mmap.mmap(-1, max(-(-size // mmap.PAGESIZE), 1) * mmap.PAGESIZE)
+    length = max(-(-size // mmap.PAGESIZE), 1) * mmap.PAGESIZE
+    memory = mmap.mmap(-1, length, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
     memory.madvise(mmap.MADV_DONTFORK)
+    with contextlib.suppress(OSError):  # a kernel without them
+        memory.madvise(mmap.MADV_HUGEPAGE)
     return np.frombuffer(memory, np.uint8)
 
 
