@@ -7,7 +7,7 @@ from typing import Any
 
 from harness.checkpoint.comm import Comm
 from harness.checkpoint.known import Known
-from harness.checkpoint.snapshot import Schema
+from harness.checkpoint.snapshot import Schema, no_collection
 from harness.checkpoint.state import State, take
 from harness.checkpoint.tree import encode
 from harness.checkpoint.writing import Taken
@@ -27,7 +27,8 @@ class Collector:
         if step < 0:
             raise DataError(f"the step is {step}; steps count from 0")
         encoded: Any = encode(dict(metrics or {}), "metrics", {})
-        again = None if self._known is None else self._known.again(state)
+        with no_collection():
+            again = None if self._known is None else self._known.again(state)
         if again is not None:
             return Taken(again.snapshot, again.record, again.snapshot.schema().hash, encoded)
         self._known = None
