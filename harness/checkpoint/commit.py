@@ -19,7 +19,8 @@ from contextlib import suppress
 from pathlib import Path
 
 from harness.checkpoint.digest import Table
-from harness.checkpoint.file import SUPERBLOCK, place, superblock_page, write_all
+from harness.checkpoint.engines.output import Output
+from harness.checkpoint.file import SUPERBLOCK, pieces, superblock_page, write_all
 from harness.checkpoint.layout import USER_BLOCK, Layout
 from harness.checkpoint.manifest import FORMAT, VERSION
 
@@ -36,14 +37,21 @@ def make_directories(path: Path) -> None:
         sync_directory(path.parent)
 
 
-def begin(temporary: Path, layout: Layout, head: bytes, *, superblock: bool) -> None:
-    """Make the data file in the existing directory `temporary`: full size, HDF5 metadata, holes for the tensors."""
-    descriptor = os.open(temporary / DATA, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o644)
+def begin(temporary: Path, layout: Layout, head: bytes) -> None:
+    """Make the data file in the existing directory `temporary`: full size, HDF5 metadata, holes for the tensors.
+
+    Nothing can open it as HDF5 before `seal`. It becomes durable with what rank 0 writes into it: the others need not
+    wait for that.
+    """
+    path = temporary / DATA
+    descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o644)
     try:
-        place(descriptor, layout, head, superblock=superblock)
-        os.fsync(descriptor)
+        os.ftruncate(descriptor, layout.data_end)
     finally:
         os.close(descriptor)
+    with Output(path, "auto", layout.data_end) as output:
+        for offset, data in pieces(head):
+            output.write(data, offset)
 
 
 def seal(temporary: Path, layout: Layout, head: bytes, table: Table, uuid: str, step: int) -> None:

@@ -84,4 +84,5 @@ def count(layout: Layout, *, rank: int, size: int, odirect: bool = True) -> Oper
     head = -(-(layout.head - USER_BLOCK - PAGE) // HEAD_PIECE)
     # listed: checkpoints three times, tags twice, the lease
     others = size - 1
-    return Operations(opens + 8, writes + head + 4, 7, 8, 6, 3 * others, 2 * others, ANSWERING * others, own)
+    opens += 10 if odirect and layout.data_end >= LARGE_PART else 9
+    return Operations(opens, writes + head + 4, 6, 8, 6, 3 * others, 2 * others, ANSWERING * others, own)

@@ -1,6 +1,6 @@
 """The HDF5 side of a checkpoint file: the metadata at its beginning. The only module here that creates HDF5 objects.
 
-HDF5 makes the metadata once per schema, in a scratch file without data; `place` copies it to the beginning of a new
+HDF5 makes the metadata once per schema, in a scratch file without data; `commit` copies it to the beginning of a new
 file. The rest of the file is bytes at known places (`layout`), which need no HDF5. The result is what HDF5 itself would
 have written, without time stamps, and any HDF5 1.8 or later opens it.
 """
@@ -8,13 +8,18 @@ have written, without time stamps, and any HDF5 1.8 or later opens it.
 from __future__ import annotations
 
 import errno
+import functools
 import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from harness.checkpoint.layout import LARGE, PAGE, USER_BLOCK, Layout, lay_out
+from harness.checkpoint.pages import aligned
 from harness.checkpoint.schema import RESERVED, Leaf
+from harness.checkpoint.tensors import Bytes
 from harness.errors import Unavailable
 
 DIGESTS = f"{RESERVED}/digest"
@@ -56,18 +61,21 @@ def fit_head(layout: Layout, aliases: Mapping[str, str], scratch: Path) -> tuple
     )
 
 
-def place(descriptor: int, layout: Layout, head: bytes, *, superblock: bool) -> None:
-    """Give an empty file its size and metadata; holes stay holes. Without `superblock` nothing can open it as HDF5."""
-    os.ftruncate(descriptor, layout.data_end)
-    skip = 0 if superblock else SUPERBLOCK[1] - USER_BLOCK
-    for at in range(skip, len(head), HEAD_PIECE):
-        chunk = head[at : at + HEAD_PIECE]
-        if chunk.count(0) != len(chunk):
-            write_all(descriptor, chunk, USER_BLOCK + at)
+@functools.lru_cache(maxsize=1)
+def pieces(head: bytes) -> list[tuple[int, Bytes]]:
+    """What of the head is not zeros, but for `superblock_page`: (offset in the file, bytes), in memory of its own."""
+    memory = aligned(len(head))
+    memory[: len(head)] = np.frombuffer(head, np.uint8)
+    found = []
+    for lo in range(SUPERBLOCK[1] - USER_BLOCK, len(head), HEAD_PIECE):
+        piece = memory[lo : min(lo + HEAD_PIECE, len(head))]
+        if piece.any():
+            found.append((USER_BLOCK + lo, piece))
+    return found
 
 
 def superblock_page(head: bytes) -> bytes:
-    """The page that `place` left out."""
+    """The page that `pieces` leaves out."""
     return head[: SUPERBLOCK[1] - SUPERBLOCK[0]]
 
 
@@ -93,8 +101,6 @@ def read_all(descriptor: int, buffer: Any, offset: int) -> None:
 
 def hdf5_type(h5t: Any, dtype: str) -> Any:
     """The HDF5 type of a dtype. bfloat16 is a float of its own, which HDF5 converts and prints; float8 are bytes."""
-    import numpy as np
-
     if dtype == "bfloat16":
         made = h5t.IEEE_F32LE.copy()
         made.set_fields(15, 7, 8, 0, 7)
@@ -179,7 +185,6 @@ def _make_folders(file: Any, name: str, made: set[str], link: Any) -> None:
 def _remark(dataset: Any, dtype: str) -> None:
     """HDF5 has no such type: the dataset is of bytes, an attribute says what they are."""
     import h5py
-    import numpy as np
 
     # A text of fixed length lies in the object header; another one would take room among the raw data.
     h5py.AttributeManager(h5py.Dataset(dataset))["dtype"] = np.bytes_(dtype)

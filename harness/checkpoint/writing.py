@@ -146,7 +146,7 @@ class Writer:
         made = False
         try:
             order.temporary.mkdir()
-            commit.begin(order.temporary, order.form.layout, order.form.head, superblock=self.engine.superblock_first)
+            commit.begin(order.temporary, order.form.layout, order.form.head)
             made = True
         finally:
             self.opening.tell(order.number, made)

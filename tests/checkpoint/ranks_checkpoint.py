@@ -64,9 +64,9 @@ def fails_at(at: int, original: Callable[..., Any], *, late: bool) -> Callable[.
     """A function whose call number `at` fails: before it does anything, or `late`, after."""
     calls = itertools.count()
 
-    def call(*args: Any) -> Any:
+    def call(*args: Any, **options: Any) -> Any:
         fails = next(calls) == at
-        result = None if fails and not late else original(*args)
+        result = None if fails and not late else original(*args, **options)
         if fails:
             raise OSError(5, "Input/output error")
         return result
@@ -254,13 +254,18 @@ class Checks:
         for engine in self.all_engines[1:]:
             manager = self.manager("transfer", engine=engine)
             moving = sys.modules[type(manager.engine).__module__]
-            original, calls = moving._select, itertools.count()
-            moving._select = lambda *args, original=original, calls=calls: (next(calls), original(*args))[1]
+            original, calls = moving._move, itertools.count()
+
+            def counted(*args: Any, original: Any = original, calls: Any = calls, **options: Any) -> None:
+                next(calls)
+                original(*args, **options)
+
+            moving._move = counted
             manager.save(1, State(**trained_state()))
-            moving._select = original
+            moving._move = original
             made: Any = self.everywhere(next(calls))
             cases = [(victim, at) for victim in {0, self.comm.size - 1} for at in {0, made[victim] - 1}]
-            for name, (victim, at) in itertools.product(("_select", "_move"), cases):
+            for name, (victim, at) in itertools.product(("block_digests", "_move"), cases):
                 original = getattr(moving, name)
                 if self.comm.rank == victim:
                     setattr(moving, name, fails_at(at, original, late=name == "_move"))

@@ -80,7 +80,7 @@ def save(directory: Path, engine: Engine) -> tuple[Path, list[np.ndarray], list[
     marks = borders(layout)
     for number, (leaf, at) in enumerate(marks):
         arrays[leaf][at : at + 8] = np.arange(8, dtype=np.uint8) + number + 1
-    commit.begin(temporary, layout, head, superblock=engine.superblock_first)
+    commit.begin(temporary, layout, head)
     table = np.full(layout.blocks, digest(bytes(layout.block)), np.uint64)
     buffers, staging = [Buffer(array) for array in arrays], Staging()
     for rank in sorted({owner(layout, int(layout.starts[leaf]) + at + side) for leaf, at in marks for side in (0, 7)}):
@@ -104,7 +104,7 @@ def save(directory: Path, engine: Engine) -> tuple[Path, list[np.ndarray], list[
 @pytest.mark.parametrize("name", ["direct", "mpio", "mpio-collective"])
 def test_bytes_beyond_32_bits_find_their_places(name: str, tmp_path: Path) -> None:
     if name != "direct" and unavailable(Single()) is not None:
-        pytest.skip("this h5py has no MPI")
+        pytest.skip("there is no MPI")
     made: Engine = Direct() if name == "direct" else Mpio(print, collective=name == "mpio-collective")
     path, arrays, marks = save(tmp_path, made)
     try:

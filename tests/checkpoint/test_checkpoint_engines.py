@@ -8,6 +8,7 @@ from __future__ import annotations
 import errno
 import os
 import signal
+import sys
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -18,7 +19,7 @@ import numpy as np
 import pytest
 from calls import fcntl_flags, patched
 
-from harness.checkpoint import Single
+from harness.checkpoint import Single, commit
 from harness.checkpoint.digest import block_digests
 from harness.checkpoint.engines import Engine, choose
 from harness.checkpoint.engines import mpio as mpio_module
@@ -26,7 +27,7 @@ from harness.checkpoint.engines.direct import Direct
 from harness.checkpoint.engines.filesystem import filesystem
 from harness.checkpoint.engines.mpio import Mpio, unavailable
 from harness.checkpoint.engines.output import Output
-from harness.checkpoint.file import build_head, place
+from harness.checkpoint.file import build_head
 from harness.checkpoint.layout import PAGE, lay_out
 from harness.checkpoint.plan import make_plan
 from harness.checkpoint.schema import Leaf
@@ -34,7 +35,7 @@ from harness.checkpoint.staging import Image, Staging
 from harness.checkpoint.tensors import Buffer
 from harness.errors import InternalError, Unavailable
 
-parallel = pytest.mark.skipif(unavailable(Single()) is not None, reason="this h5py has no MPI")
+parallel = pytest.mark.skipif(unavailable(Single()) is not None, reason="there is no MPI")
 
 LEAVES = [
     Leaf("model/large", "float32", (257, 1031)),
@@ -75,14 +76,11 @@ class Sample:
             for at in range(0, len(image.data), step)
         ]
 
-    def file(self, directory: Path, *, hdf5: bool = False) -> Path:
+    def file(self, directory: Path) -> Path:
         """A new file to write to."""
-        path = directory / "data.h5"
+        path = directory / commit.DATA
         path.unlink(missing_ok=True)
-        descriptor = os.open(path, os.O_RDWR | os.O_CREAT)
-        head = build_head(self.layout, {}, directory / "scratch") if hdf5 else b""
-        place(descriptor, self.layout, head, superblock=hdf5)
-        os.close(descriptor)
+        commit.begin(directory, self.layout, build_head(self.layout, {}, directory / "scratch"))
         return path
 
     def check(self, path: Path, digests: dict[int, int]) -> None:
@@ -222,8 +220,9 @@ def test_a_short_write_that_ends_anywhere_is_continued_through_the_cache(tmp_pat
 def test_a_write_of_nothing_is_an_error_and_no_endless_loop(tmp_path: Path) -> None:
     sample = Sample(4096)
     for io in ("buffered", "odirect"):
+        path = sample.file(tmp_path)
         with patched("pwrite", lambda *args: 0), pytest.raises(OSError, match="nothing could be written"):
-            Direct(io=io).write(sample.file(tmp_path), sample.layout, sample.images, Single())  # type: ignore[arg-type]
+            Direct(io=io).write(path, sample.layout, sample.images, Single())  # type: ignore[arg-type]
 
 
 def test_signals_during_writes_do_no_harm(tmp_path: Path) -> None:
@@ -283,14 +282,14 @@ def test_a_write_that_fails_in_any_thread_at_any_call(io: Any, threads: int, num
 def test_all_threads_fail_and_one_error_is_raised(victim: int, tmp_path: Path) -> None:
     """They fail at the same time; the first one counts, the others are not lost threads."""
     sample = Sample(16384)
-    together = threading.Barrier(3)
+    path, together = sample.file(tmp_path), threading.Barrier(3)
 
     def fail(call: int, original: Any, *rest: Any) -> Any:
         together.wait(10)
         raise OSError(errno.EIO if call == victim else errno.ENOSPC, "it failed")
 
     with nothing_left(), patched("pwrite", fail), pytest.raises(OSError, match="it failed"):
-        Direct(io="buffered", threads=3).write(sample.file(tmp_path), sample.layout, sample.cut(9), Single())
+        Direct(io="buffered", threads=3).write(path, sample.layout, sample.cut(9), Single())
 
 
 @pytest.mark.parametrize("name", ["open", "fdatasync", "close"])
@@ -345,8 +344,9 @@ def test_an_interrupt_waits_for_the_threads(tmp_path: Path, monkeypatch: pytest.
         return original(*rest)
 
     monkeypatch.setattr(threading.Thread, "join", join)
+    path = sample.file(tmp_path)
     with nothing_left(), patched("pwrite", slow), pytest.raises(KeyboardInterrupt):
-        Direct(io="buffered", threads=2).write(sample.file(tmp_path), sample.layout, sample.cut(9), Single())
+        Direct(io="buffered", threads=2).write(path, sample.layout, sample.cut(9), Single())
     assert waited
 
 
@@ -390,14 +390,10 @@ def test_direct_does_not_follow_links(tmp_path: Path) -> None:
 
 @parallel
 @pytest.mark.parametrize("collective", [False, True])
-@pytest.mark.parametrize("piece", [4096, 3 * 65536, 64 << 20])
-def test_mpio_writes_the_same_file(
-    collective: bool, piece: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(mpio_module, "PIECE", piece)
+def test_mpio_writes_the_same_file(collective: bool, tmp_path: Path) -> None:
     for rank, size in ((0, 1), (1, 3)):
         sample = Sample(65536, rank, size)
-        path = sample.file(tmp_path, hdf5=True)
+        path = sample.file(tmp_path)
         before = path.read_bytes()[: sample.layout.head]
         with nothing_left():
             digests = Mpio(print, collective=collective).write(path, sample.layout, sample.cut(5), Single())
@@ -407,7 +403,7 @@ def test_mpio_writes_the_same_file(
 
 @parallel
 @pytest.mark.parametrize("collective", [False, True])
-@pytest.mark.parametrize("place_of_failure", ["_write", "block_digests"])
+@pytest.mark.parametrize("place_of_failure", ["_move", "block_digests"])
 def test_an_error_in_mpio_is_raised_and_the_file_closed(
     collective: bool, place_of_failure: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -415,19 +411,19 @@ def test_an_error_in_mpio_is_raised_and_the_file_closed(
     calls = [0]
     original = getattr(mpio_module, place_of_failure)
 
-    def fail(*args: Any) -> Any:
+    def fail(*args: Any, **options: Any) -> Any:
         calls[0] += 1
         if calls[0] == 3:
             raise OSError(errno.ENOSPC, "No space left on device")
-        return original(*args)
+        return original(*args, **options)
 
     engine = Mpio(print, collective=collective)
-    path = sample.file(tmp_path, hdf5=True)
+    path = sample.file(tmp_path)
     with monkeypatch.context() as patch, nothing_left():
         patch.setattr(mpio_module, place_of_failure, fail)
         with pytest.raises(OSError, match="No space left"):
             engine.write(path, sample.layout, sample.cut(5), Single())
-    path = sample.file(tmp_path, hdf5=True)
+    path = sample.file(tmp_path)
     sample.check(path, engine.write(path, sample.layout, sample.cut(5), Single()))
 
 
@@ -465,7 +461,7 @@ def test_auto_says_why(tmp_path: Path) -> None:
 def test_mpio_by_name() -> None:
     for name in ("mpio", "mpio-collective"):
         engine = choose(name, Single(), lambda line: None)  # type: ignore[arg-type]
-        assert engine.name == name and engine.superblock_first and engine.reason == f"{name}: it was asked for"
+        assert engine.name == name and engine.reason == f"{name}: it was asked for"
 
 
 @parallel
@@ -489,22 +485,33 @@ class Pair(Single):
 
 
 def test_what_mpio_needs(monkeypatch: pytest.MonkeyPatch) -> None:
-    h5py = pytest.importorskip("h5py")
-    with pytest.raises(Unavailable, match="mpio cannot be used"):
+    with pytest.raises(Unavailable, match="mpio cannot be used: there is no MPI between these ranks"):
         choose("mpio", Pair(), print)
-    config = h5py.get_config()
-    monkeypatch.setattr(h5py, "get_config", lambda: type("", (), {"mpi": False, "was": config}))
-    assert unavailable(Single()) == "this h5py was built without MPI"
-    reason = choose("auto", Single(), print).reason
-    assert "not mpio: this h5py was built without MPI" in reason
+    monkeypatch.setitem(sys.modules, "mpi4py", None)
+    assert str(unavailable(Single())).startswith("mpi4py cannot be imported")
+    assert "not mpio: mpi4py cannot be imported" in choose("auto", Single(), print).reason
+
+
+@parallel
+@pytest.mark.parametrize(("kind", "number"), [("ERR_NO_SPACE", errno.ENOSPC), ("ERR_IO", errno.EIO)])
+def test_an_error_of_mpi_is_one_of_the_file(
+    kind: str, number: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from mpi4py import MPI
+
+    def fail(*args: Any, **options: Any) -> None:
+        raise MPI.Exception(getattr(MPI, kind))
+
+    monkeypatch.setattr(mpio_module, "_move", fail)
+    sample = Sample(65536)
+    path = sample.file(tmp_path)
+    with nothing_left(), pytest.raises(OSError, match=os.strerror(number)) as caught:
+        Mpio(print).write(path, sample.layout, sample.images, Single())
+    assert (caught.value.errno, caught.value.filename) == (number, str(path))
 
 
 def test_threads_of_mpi(monkeypatch: pytest.MonkeyPatch) -> None:
     MPI = pytest.importorskip("mpi4py.MPI")
-    if unavailable(Single()):
-        pytest.skip("this h5py has no MPI")
-    import sys
-
     pair = Pair()
     pair.mpi = MPI.COMM_SELF
     monkeypatch.setitem(sys.modules, "horovod.torch", sys)

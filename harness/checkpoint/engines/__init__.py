@@ -1,7 +1,7 @@
 """Ways to move bytes into the file. All make the same file. An engine writes data; it neither creates nor commits.
 
-`direct` writes byte ranges with plain positioned writes. `mpio` writes hyperslabs through HDF5's MPI-IO driver, each
-rank by itself; `mpio-collective` does so with collective transfers, for file systems that gather them.
+`direct` writes byte ranges with plain positioned writes. `mpio` writes them through MPI-IO, each rank by itself;
+`mpio-collective` does so with collective transfers, for file systems that gather them.
 """
 
 from __future__ import annotations
@@ -22,13 +22,11 @@ EngineName = Literal["auto", "direct", "mpio", "mpio-collective"]
 class Engine(Protocol):
     """A way to write.
 
-    `superblock_first`: the file must be a whole HDF5 file before `write`; otherwise it becomes one at the commit.
     `background`: `write` may run in any thread, beside the training; otherwise in the main thread only.
     `reason`: in a few words, why it was chosen: "direct: ...".
     """
 
     name: str
-    superblock_first: bool
     background: bool
     reason: str
 
@@ -36,7 +34,7 @@ class Engine(Protocol):
         """Write this rank's images (`Staging`) and make them durable. Returns the digest of each block, by number.
 
         Called by all ranks; a rank that raises keeps no other from returning. The images' memory must begin at a page
-        and must not change meanwhile. Raises OSError, with the path as its file name, and what HDF5 raises.
+        and must not change meanwhile. Raises OSError, with the path as its file name, and others.
         """
         ...
 
@@ -70,7 +68,7 @@ def choose(
         return Mpio(log, f"{name}: it was asked for", collective=name == "mpio-collective")
     if name == "direct":
         return Direct("direct: it was asked for", io=io)
-    # mpio is never faster by design: it moves the same ranges, one call per tensor, and holds the main thread.
+    # mpio is not faster by design: it moves the same ranges, and holds the main thread.
     where = "" if kind is None else f" on {kind}" + (", which one computer sees" if kind in LOCAL else "")
     other = unavailable(comm) or "it would keep the training waiting"
     return Direct(f"direct: ranks write whole blocks of their own{where}; not mpio: {other}", io=io)

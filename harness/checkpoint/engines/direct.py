@@ -24,7 +24,6 @@ class Direct:
     """See `Engine`. Needs one thing: that all ranks see the same file. `io`: see `output`."""
 
     name = "direct"
-    superblock_first = False
     background = True
 
     def __init__(self, reason: str = "it works everywhere", *, io: Io = "auto", threads: int = THREADS) -> None:
