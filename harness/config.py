@@ -198,7 +198,7 @@ class Checkpoint(Section):
     busy: Literal["skip", "wait"] = "skip"
     """What a checkpoint does that is due while the one before is still being written."""
     engine: Literal["auto", "direct", "mpio", "mpio-collective"] = "auto"
-    """How bytes reach the file: plain positioned writes, h5py's MPI-IO driver, or whichever fits here."""
+    """How bytes reach the file: plain positioned writes, MPI-IO, or whichever fits here."""
     timeout: Duration = 600.0
     """How long a save waits for a rank before it names it and is given up."""
     check_replicas: Count = 10

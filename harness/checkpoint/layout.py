@@ -80,8 +80,8 @@ class Layout:
         """The parts of leaves within file bytes [lo, hi), in file order. O(log n + pieces)."""
         first = int(np.searchsorted(self.ends, lo, side="right"))
         last = int(np.searchsorted(self.starts, hi, side="left"))
-        for index in range(first, last):
-            start, end = int(self.starts[index]), int(self.ends[index])
+        places = zip(self.starts[first:last].tolist(), self.ends[first:last].tolist(), strict=True)
+        for index, (start, end) in enumerate(places, first):
             begin, stop = max(start, lo), min(end, hi)
             if begin < stop:
                 yield Piece(index, begin - start, stop - start, begin)

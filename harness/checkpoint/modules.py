@@ -99,7 +99,7 @@ def _prepare_extra_state(module: Any, entry: str, source: Source, restore: Resto
         if restore.partial.wants(path):
             stored[unescape(path.removeprefix(f"{escape(entry)}/"))] = value
     restore.compare(
-        [f"{entry}: extra state of {name}" for name in parts], [f"{entry}: extra state of {name}" for name in stored]
+        [f"{entry}: extra state of {name}" for name in parts], {f"{entry}: extra state of {name}" for name in stored}
     )
     values = {name: decode(value, maker(source.leaves, restore)) for name, value in stored.items() if name in parts}
 

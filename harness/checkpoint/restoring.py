@@ -11,7 +11,7 @@ What can be known before a tensor is read is checked by `prepare`, so that a sta
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping, Set
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -155,12 +155,12 @@ class Restore:
         else:
             self.report.skipped.append(name)
 
-    def compare(self, here: Collection[str], there: Collection[str]) -> None:
+    def compare(self, here: Collection[str], there: Set[str]) -> None:
         """What only one side has is missing or unexpected."""
         for name in here:
             if name not in there:
                 self.missing(name)
-        for name in sorted(set(there) - set(here)):
+        for name in sorted(there - set(here)):
             self.unexpected(name)
 
 

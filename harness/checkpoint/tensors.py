@@ -128,8 +128,9 @@ class Buffer:
 
     def write(self, lo: int, data: Bytes) -> None:
         """Replace the bytes from `lo` on. Each byte is written once; the tensor has changed when all have been."""
-        if self._place is not None:
-            self._place[lo : lo + len(data)] = data
+        view = self._view if self._known else self._place
+        if view is not None:
+            view[lo : lo + len(data)] = data
             return
         self._begin()[lo : lo + len(data)] = data
         self._count(len(data))

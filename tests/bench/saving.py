@@ -72,32 +72,29 @@ class Theirs:
 
 
 class OursToo:
-    """One of our engines, for `run_rounds`. Only a `kept` one holds its memory between rounds: all would be too much.
+    """One of our engines, for `run_rounds`. `restores`: also reads what it has saved.
 
-    The others save once before the save that counts, as a training does that saves again and again.
+    It holds no memory between rounds: that of all contenders would be too much. So it saves once before the save that
+    counts, as a training does that saves again and again; in the first round the first save counts.
     """
 
-    def __init__(self, make: Callable[[], Ours], *, kept: bool) -> None:
-        self.make, self.kept = make, make() if kept else None
+    def __init__(self, make: Callable[[], Ours], *, restores: bool) -> None:
+        self.make, self.restores, self.cold = make, restores, True
 
     def work(self, number: int) -> dict[str, float]:
         watch = Memory() if number == 0 else None
-        ours = self.kept or self.make()
+        ours = self.make()
         found = ours.save(number)
         if watch is not None:
             found[f"memory {ours.name}"] = watch.added()
-        if self.kept is None:
-            if number:
-                found |= ours.save(number)
-            ours.close()
         else:
+            found |= ours.save(number)
+        if self.restores:
             found |= {key.replace("restore ", "") + " ours": value for key, value in ours.restore(number).items()}
             found["device ours"], found["called ours"] = ours.read.device, ours.read.called
+            self.cold = self.cold and ours.cold
+        ours.close()
         return found
-
-    def close(self) -> None:
-        if self.kept is not None:
-            self.kept.close()
 
 
 class Memory:
@@ -152,7 +149,7 @@ def measure(name: str, args: argparse.Namespace, others: list[Way | Absent], com
     ours = []
     for kind, engine in kinds:
         one = partial(Ours, kind, args.folder, comm, workload.training, engine=engine, lazy=kind == "lazy")
-        ours.append(OursToo(one, kept=kind == "direct"))
+        ours.append(OursToo(one, restores=kind == "direct"))
     contenders = [Contender("plain", plain.work)]
     contenders += [Contender(kind, one.work) for (kind, _), one in zip(kinds, ours, strict=True)]
     for way in others:
@@ -168,8 +165,6 @@ def measure(name: str, args: argparse.Namespace, others: list[Way | Absent], com
             )
 
     rounds = run_rounds(contenders, args.rounds, comm, told=told)
-    for kept in ours:
-        kept.close()
     return {
         "workload": name,
         "ranks": comm.size,
@@ -177,7 +172,7 @@ def measure(name: str, args: argparse.Namespace, others: list[Way | Absent], com
         "bytes": workload.nbytes,
         "tensors": workload.count,
         "filesystem": filesystem(args.folder),
-        "cold": plain.cold and all(one.kept.cold for one in ours if one.kept is not None),
+        "cold": plain.cold and all(one.cold for one in ours),
         "skipped": skipped,
         "rounds": [dict(one) for one in rounds.table],
     }

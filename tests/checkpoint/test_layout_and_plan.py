@@ -11,6 +11,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from harness.checkpoint import schema
 from harness.checkpoint.layout import LARGE, MAX_BLOCK, PAGE, Layout, block_for, lay_out
 from harness.checkpoint.plan import make_plan
 from harness.checkpoint.schema import ITEMSIZE, MAX_NAME, Leaf, check_schema, escape, schema_hash
@@ -190,6 +191,22 @@ def test_blocks_grow_with_the_file() -> None:
 def test_what_cannot_be_a_dataset_is_refused(leaves: list[Leaf], words: str) -> None:
     with pytest.raises(DataError, match=words):
         check_schema(leaves)
+
+
+@given(
+    st.lists(
+        st.builds(
+            Leaf,
+            st.lists(st.sampled_from(["a", ".", "/", "_ckpt", "\0", "\ud800", "é"]), max_size=4).map("".join),
+            st.sampled_from(["int8", "float64", "object"]),
+            st.sampled_from([(), (3, 0), (-1,), (1 << 58,), (1,) * 33]),
+            st.sampled_from(["replicated", "rank0", "sharded", "everywhere"]),
+        ),
+        max_size=4,
+    )
+)
+def test_all_at_once_and_one_by_one_find_the_same(leaves: list[Leaf]) -> None:
+    assert schema._plain(leaves) == all(schema._problem(leaf) is None for leaf in leaves)
 
 
 @given(st.lists(st.text(), min_size=1, max_size=3, unique=True))

@@ -87,10 +87,12 @@ class Mpio:
 
         digests: dict[int, int] = {}
         failure: Exception | None = None
-        calls = mpi.allreduce(len(images), MPI.MAX) if self._collective else len(images)
+        calls = np.array([len(images)])
+        if self._collective:
+            mpi.Allreduce(MPI.IN_PLACE, calls, MPI.MAX)
         file = MPI.File.Open(mpi, os.fspath(path), MPI.MODE_RDWR)
         try:
-            for number in range(calls):
+            for number in range(int(calls[0])):
                 # What fails before a collective transfer leaves it to take part in; one that fails was taken part in.
                 data, offset = np.empty(0, np.uint8), 0
                 try:
