@@ -117,5 +117,10 @@ class Mpio:
 
 
 def _move(file: Any, data: Bytes, offset: int, *, together: bool) -> None:
-    """One transfer. An image is far below the 2 GiB that MPI-IO libraries count in an `int`."""
-    (file.Write_at_all if together else file.Write_at)(offset, data)
+    """One transfer. An image is far below the 2 GiB that MPI-IO libraries count in an `int`. Raises OSError."""
+    from mpi4py import MPI
+
+    status = MPI.Status()
+    (file.Write_at_all if together else file.Write_at)(offset, data, status)
+    if (written := status.Get_count(MPI.BYTE)) != len(data):
+        raise OSError(errno.EIO, f"{written} of {len(data)} bytes were written")
