@@ -336,7 +336,10 @@ def test_interrupt_ends_the_step_and_all_it_started(checkout: Path, tmp_path: Pa
     pids = tmp_path / "pids"
     script = f"""source "{checkout}/launch/setup.sh"; number=0 steps=1 job=''; trap interrupted INT TERM HUP
     busy() {{ sleep 60 & echo $! >>"{pids}"; (echo $BASHPID >>"{pids}"; exec sleep 60); }}; step Busy Hint busy"""
-    shell = subprocess.Popen(["bash", "-c", script], stdout=subprocess.PIPE, text=True, start_new_session=True)
+    shell = subprocess.Popen(
+        ["bash", "-c", script], stdout=subprocess.PIPE, text=True, start_new_session=True,
+        preexec_fn=lambda: signal.signal(number, signal.SIG_DFL),  # under nohup it is ignored, and a shell keeps that
+    )  # fmt: skip
     wait_until(lambda: pids.exists() and len(pids.read_text().split()) == 2)
     shell.send_signal(number)
     out, _ = shell.communicate(timeout=60)
