@@ -29,11 +29,11 @@ class Collector:
         encoded: Any = encode(dict(metrics or {}), "metrics", {})
         with no_collection():
             again = None if self._known is None else self._known.again(state)
-        if again is not None:
-            return Taken(again.snapshot, again.record, again.snapshot.schema().hash, encoded)
-        self._known = None
-        snapshot = take(state, self._comm.rank, self._comm.size, before=self._schema)
-        self._schema, self._known = snapshot.schema(), Known.of(state, snapshot)
+            if again is not None:
+                return Taken(again.snapshot, again.record, again.snapshot.schema().hash, encoded)
+            self._known = None
+            snapshot = take(state, self._comm.rank, self._comm.size, before=self._schema)
+            self._schema, self._known = snapshot.schema(), Known.of(state, snapshot)
         return Taken(snapshot, lambda: snapshot.record, self._schema.hash, encoded)
 
     def forget(self) -> None:

@@ -26,7 +26,7 @@ from harness.checkpoint.perrank import is_per_rank, prepare_per_rank, take_per_r
 from harness.checkpoint.restoring import Restore, Source, maker, matched
 from harness.checkpoint.schema import escape, unescape
 from harness.checkpoint.shards import Region, Shard
-from harness.checkpoint.snapshot import Schema, Snapshot, no_collection, take_tree
+from harness.checkpoint.snapshot import Schema, Snapshot, take_tree
 from harness.checkpoint.tensors import is_tensor, new_tensor
 from harness.checkpoint.tree import complete, decode
 from harness.errors import DataError
@@ -66,13 +66,12 @@ def take(state: State, rank: int = 0, size: int = 1, *, before: Schema | None = 
     Tensors are referred to, not copied. Raises DataError.
     """
     snapshot = Snapshot(rank, size, state.shards, before=before)
-    with no_collection():
-        snapshot.stepped = _stepped(state)
-        names = parameter_names(_modules(state))
-        _check_shards(state, names)
-        for entry in state.entries:
-            snapshot.record[entry] = take_entry(entry, state, names, snapshot)
-        snapshot.schema()
+    snapshot.stepped = _stepped(state)
+    names = parameter_names(_modules(state))
+    _check_shards(state, names)
+    for entry in state.entries:
+        snapshot.record[entry] = take_entry(entry, state, names, snapshot)
+    snapshot.schema()
     return snapshot
 
 

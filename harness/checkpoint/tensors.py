@@ -128,8 +128,7 @@ class Buffer:
 
     def write(self, lo: int, data: Bytes) -> None:
         """Replace the bytes from `lo` on. Each byte is written once; the tensor has changed when all have been."""
-        view = self._view if self._known else self._place
-        if view is not None:
+        if (view := self._place) is not None:
             view[lo : lo + len(data)] = data
             return
         self._begin()[lo : lo + len(data)] = data

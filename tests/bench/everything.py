@@ -17,9 +17,8 @@ from pathlib import Path
 from mpirun import HERE
 
 PARTS = ("checkpoints", "training", "restarts", "forms")
-PAGES = ("checkpoints", "training")
-"""Parts that write a page of their own, beside the one of all; what the others print becomes one."""
 TITLES = {"restarts": "From a death to the first new step", "forms": "Forms of parallelism"}
+"""Of parts whose page is what they print; the others write one of their own, beside the one of all."""
 
 
 def main() -> None:
@@ -42,14 +41,14 @@ def main() -> None:
 def run(part: str, page: Path, *, quick: bool) -> str:
     """The page of one part. Raises SystemExit where it fails."""
     words = [sys.executable, str(HERE / f"{part}.py")]
-    if part in PAGES:
+    if part not in TITLES:
         words += ["--out", str(page)]
     if quick:
         words += ["--rounds", "1"] if part == "restarts" else ["--quick"]
     done = subprocess.run(words, stdout=subprocess.PIPE, text=True)
     if done.returncode:
         raise SystemExit(f"{' '.join(words)} ended with code {done.returncode}")
-    if part in PAGES:
+    if part not in TITLES:
         return page.read_text(encoding="utf-8")
     text = done.stdout if "|---" in done.stdout else f"```\n{done.stdout}```\n"
     return f"# {TITLES[part]}\n\n{text}"

@@ -153,7 +153,7 @@ MODES = [("direct", 5, 50), ("lazy", 2, 25), ("mpio", 3, 25)]
 
 def skip_without(mode: str) -> None:
     if mode == "mpio" and unavailable(Single()) is not None:
-        pytest.skip("this h5py has no MPI")
+        pytest.skip("there is no MPI")
 
 
 @pytest.mark.mpi

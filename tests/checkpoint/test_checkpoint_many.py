@@ -22,7 +22,7 @@ JOBS = [
 
 def save(directory: Path, engine: str, size: int, launcher: str, saves: int, timeout: float) -> None:
     if engine.startswith("mpio") and unavailable(Single()) is not None:
-        pytest.skip("this h5py has no MPI")
+        pytest.skip("there is no MPI")
     world = "gloo" if launcher.endswith("gloo") else "mpi"
     done = ranks(size, [SCRIPT, str(directory), world, engine, str(saves)], launcher=launcher, timeout=timeout)
     assert done.returncode == 0 and "all saves done" in done.stdout, done.stdout[-4000:] + done.stderr[-8000:]

@@ -51,7 +51,7 @@ def test_two_ranks_without_mpi(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
     run(2, tmp_path, "horovodrun-gloo")
 
 
-@pytest.mark.skipif(unavailable(Single()) is not None, reason="this h5py has no MPI")
+@pytest.mark.skipif(unavailable(Single()) is not None, reason="there is no MPI")
 def test_one_process_can_use_mpio(tmp_path: Path) -> None:
     state = big_state(seed=99)
     alone = Manager(tmp_path, Single(), engine="mpio")
@@ -66,7 +66,7 @@ def test_every_rank_makes_durable_what_it_wrote(
 ) -> None:
     """Ranks on other nodes than rank 0's have page caches of their own."""
     if engine == "mpio" and unavailable(Single()) is not None:
-        pytest.skip("this h5py has no MPI")
+        pytest.skip("there is no MPI")
     original = os.fdatasync
     synced: list[str] = []
 

@@ -205,8 +205,13 @@ def test_what_cannot_be_a_dataset_is_refused(leaves: list[Leaf], words: str) -> 
         max_size=4,
     )
 )
-def test_all_at_once_and_one_by_one_find_the_same(leaves: list[Leaf]) -> None:
-    assert schema._plain(leaves) == all(schema._problem(leaf) is None for leaf in leaves)
+def test_names_dtypes_shapes_and_placements_are_checked(leaves: list[Leaf]) -> None:
+    for leaf in leaves:
+        parts = leaf.name.split("/")
+        path = not {"", ".", ".."} & set(parts) and not {"\0", "\ud800"} & set(leaf.name) and parts[0] != "_ckpt"
+        known = leaf.dtype != "object" and leaf.placement != "everywhere" and leaf.shape in ((), (3, 0), (1 << 58,))
+        size = leaf.shape != (1 << 58,) or leaf.dtype == "int8"
+        assert (schema._problem(leaf) is None) == (path and known and size)
 
 
 @given(st.lists(st.text(), min_size=1, max_size=3, unique=True))
