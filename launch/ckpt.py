@@ -109,7 +109,7 @@ def inspect(
 
     path = _one(one)
     with _told(path):
-        manifest, _ = read_manifest(path)
+        manifest = read_manifest(path)
         chosen = [
             (leaf, int(start))
             for leaf, start in zip(manifest.layout.leaves, manifest.layout.starts, strict=True)
@@ -288,7 +288,7 @@ def plan(
     if one is not None:
         path = _one(one)
         with _told(path):
-            manifest, _ = read_manifest(path)
+            manifest = read_manifest(path)
         leaves, ranks = list(manifest.layout.leaves), ranks or manifest.world
     else:
         leaves, ranks = sample_leaves(tensors or 1), ranks or 8

@@ -155,7 +155,7 @@ def test_latest(run: Path, ask: Ask) -> None:
 
 
 def damage(path: Path, name: str = "arrays/w") -> None:
-    manifest, _ = check(path)
+    manifest = check(path)
     index = [leaf.name for leaf in manifest.layout.leaves].index(name)
     with open(path / "data.h5", "r+b") as file:
         file.seek(int(manifest.layout.starts[index]) + 50_000)
@@ -167,7 +167,7 @@ def damage(path: Path, name: str = "arrays/w") -> None:
 
 def test_inspect(run: Path, ask: Ask) -> None:
     path = run / "checkpoints" / make_name(400)
-    layout = check(path)[0].layout
+    layout = check(path).layout
     at = {leaf.name: int(start) for leaf, start in zip(layout.leaves, layout.starts, strict=True)}
     code, out, _ = ask("inspect", "run@400")
     assert code == 0 and lines(out) == [
@@ -384,7 +384,7 @@ def test_plan(run: Path, ask: Ask) -> None:
     assert told["file system"].startswith("rank 0: 10 opens, 8 names made or removed, 6 syncs, ")
     assert told["ranks"].startswith("3, each ") and told["tensors"].startswith("3, in a file of ")
     found = [asked_json(ask, "plan", "run@100", "-n", "3", "--rank", str(rank)) for rank in range(3)]
-    layout = check(run / "checkpoints" / make_name(100))[0].layout
+    layout = check(run / "checkpoints" / make_name(100)).layout
     assert sum(one["bytes"] for one in found) == layout.data_end - layout.data_start
     assert asked_json(ask, "plan", "run")["ranks"] == 1, "as many as saved it"
     many = asked_json(ask, "plan", "--tensors", "1000", "--ranks", "100", "--rank", "99")

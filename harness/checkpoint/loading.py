@@ -40,8 +40,8 @@ class Loader:
         candidates, unreadable = self._candidates()
         while True:
             found: Any = self._comm.broadcast(unreadable or self._next(candidates))
-            if found["error"] is not None:
-                raise (NewerVersion if found["newer"] else DataError)(found["error"])
+            if "error" in found:
+                raise DataError(found["error"])
             rejected = max(rejected + found["rejected"], found.get("marked", 0))
             if found["name"] is None:
                 if rejected:  # also those that an earlier start found: beginning anew is for the user to decide
@@ -51,33 +51,25 @@ class Loader:
                     )
                 return None
             path = self._directory / found["name"]
-            manifest = self._good[path] if self._comm.rank == 0 else parse(found["manifest"])
             try:
-                self._load(path, manifest, state, partial)
+                return self._load(path, found["manifest"], state, partial)
             except store.Damaged as error:
                 rejected += 1
                 self._reject(path, error)
-                continue
-            return manifest
 
     def chosen(self, which: Which, state: State, partial: Partial | None) -> Manifest:
         """Restore the one that the user names. Collective. Raises InputMissing, DataError."""
         said: dict[str, Any] = {}
-        manifest = None
         if self._comm.rank == 0:
             try:
                 path = select(self._directory, which)
-                manifest, text = store.check(path)
-                said = {"path": str(path), "manifest": text}
+                said = {"path": str(path), "manifest": store.read_text(path)}
             except (HarnessError, OSError) as error:
-                said = {"error": describe(error), "kind": type(error).__name__}
+                said = _told(error)
         found: Any = self._comm.broadcast(said)
-        if "error" in found:
-            kind = _KINDS.get(found["kind"], DataError)
-            raise kind(found["error"]["message"], hint=found["error"]["hint"])
-        manifest = manifest or parse(found["manifest"])
-        self._load(Path(found["path"]), manifest, state, partial)
-        return manifest
+        if "kind" in found:
+            raise _error(found)
+        return self._load(Path(found["path"]), found["manifest"], state, partial)
 
     def _candidates(self) -> tuple[list[store.Stored], Json]:
         """Rank 0: what may be restored, oldest first, or what is raised when the directory cannot be read."""
@@ -86,38 +78,41 @@ class Loader:
         try:
             return store.listing(self._directory), None
         except OSError as error:
-            return [], {"error": f"{self._directory} cannot be read: {error.strerror}", "newer": False}
+            return [], {"error": f"{self._directory} cannot be read: {error.strerror}"}
 
     def _next(self, candidates: list[store.Stored]) -> Json:
-        """Rank 0: the newest candidate that looks good, with its manifest; it and those passed over are removed."""
+        """Rank 0: the newest candidate with its manifest's text; it and those passed over are removed."""
         rejected = 0
         while candidates:
-            stored = candidates.pop()
+            path = candidates.pop().path
             try:
-                manifest, text = store.check(stored.path)
-            except NewerVersion as error:
-                return {"error": str(error), "newer": True}
+                return {"rejected": rejected, "name": path.name, "manifest": store.read_text(path)}
             except (HarnessError, OSError) as error:
                 rejected += 1
-                self._reject(stored.path, error)
-                continue
-            self._good[stored.path] = manifest
-            return {"error": None, "rejected": rejected, "name": stored.path.name, "manifest": text}
-        return {"error": None, "rejected": rejected, "marked": store.count_damaged(self._directory), "name": None}
+                self._reject(path, error)
+        return {"rejected": rejected, "marked": store.count_damaged(self._directory), "name": None}
 
-    def _load(self, path: Path, manifest: Manifest, state: State, partial: Partial | None) -> None:
+    def _load(self, path: Path, text: str, state: State, partial: Partial | None) -> Manifest:
+        """All ranks parse the manifest at the same time, of which many tensors make a long one; rank 0 checks more."""
         restore = Restore()
         problem: Json = None
         try:
+            manifest = parse(text) if self._comm.rank else store.check(path, text)
             restore = prepare(state, manifest, partial=partial, rank=self._comm.rank, size=self._comm.size)
             problem = [*restore.problems]
+        except (store.Damaged, NewerVersion) as error:
+            problem = _told(error)
         except Exception as error:
             problem = describe(error)
         for found in self._comm.all_gather(problem):
             if isinstance(found, dict):
+                if "kind" in found:
+                    raise _error(found)
                 raise DataError(f"{path} cannot be restored: {found['message']}", hint=found["hint"])
             if isinstance(found, list) and found:
                 raise complain(found, path)
+        if self._comm.rank == 0:
+            self._good[path] = manifest
         load(path, manifest, restore.sinks, self._comm, read=self._read)
         problem = None
         try:
@@ -130,6 +125,7 @@ class Loader:
         self.report = restore.report
         if not restore.report.complete:
             self._log(f"{path.name}: {restore.report}")
+        return manifest
 
     def _reject(self, path: Path, error: HarnessError | OSError) -> None:
         if self._comm.rank != 0:
@@ -144,5 +140,17 @@ class Loader:
 
 
 _KINDS: dict[str, type[HarnessError]] = {
-    kind.__name__: kind for kind in (DataError, InputMissing, NewerVersion, StorageError, UsageError, store.Damaged)
+    kind.__name__: kind for kind in (DataError, InputMissing, NewerVersion, StorageError, UsageError)
 }
+
+
+def _told(error: HarnessError | OSError) -> dict[str, Any]:
+    """An error on rank 0 that all ranks are to raise; see `_error`."""
+    told: Any = describe(error)
+    return {**told, "kind": type(error).__name__, "proven": getattr(error, "proven", False)}
+
+
+def _error(told: dict[str, Any]) -> HarnessError:
+    if told["kind"] == store.Damaged.__name__:
+        return store.Damaged(told["message"], hint=told["hint"], proven=told["proven"])
+    return _KINDS.get(told["kind"], DataError)(told["message"], hint=told["hint"])

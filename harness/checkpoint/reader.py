@@ -34,7 +34,7 @@ class Checkpoint:
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        self.manifest, _ = check(path)
+        self.manifest = check(path)
         self._blocks = Blocks(path, self.manifest)
         self._index = {leaf.name: index for index, leaf in enumerate(self.manifest.layout.leaves)}
 

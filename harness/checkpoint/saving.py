@@ -162,7 +162,7 @@ class Saver:
         if newest is None or newest.step != step:
             raise InputMissing(f"the newest checkpoint in {self._directory} is not of step {step}")
         encoded: Any = encode(metrics, "metrics", {})
-        manifest, _ = store.read_manifest(newest.path)
+        manifest = store.read_manifest(newest.path)
         manifest = replace(manifest, metrics=manifest.metrics | encoded)
         commit.put_manifest(newest.path, render(manifest))
         self.good[newest.path] = manifest

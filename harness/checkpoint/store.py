@@ -100,8 +100,8 @@ def latest(directory: str | os.PathLike[str]) -> Path | None:
     return None
 
 
-def read_manifest(path: Path) -> tuple[Manifest, str]:
-    """The manifest and its text. Raises Damaged, NewerVersion, InputMissing."""
+def read_text(path: Path) -> str:
+    """The text of a checkpoint's manifest. Raises Damaged, InputMissing."""
     place = path / MANIFEST
     try:
         descriptor = os.open(place, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
@@ -115,18 +115,23 @@ def read_manifest(path: Path) -> tuple[Manifest, str]:
             raise Damaged(f"{place} has {size} bytes, which no manifest has")
         data = bytearray(size)
         read_all(descriptor, data, 0)
-        text = data.decode()
-        return parse(text), text
+        return data.decode()
     except (OSError, EOFError, UnicodeDecodeError) as error:
         raise Damaged(f"{place} cannot be read: {error}") from error
-    except NewerVersion as error:
-        raise NewerVersion(f"{place}: {error.message}", hint=error.hint) from None
-    except Damaged:
-        raise
-    except DataError as error:
-        raise Damaged(f"{place} is damaged: {error.message}", proven=True) from error
     finally:
         os.close(descriptor)
+
+
+def read_manifest(path: Path, text: str | None = None) -> Manifest:
+    """`text`: where it has been read already. Raises Damaged, NewerVersion, InputMissing."""
+    try:
+        return parse(read_text(path) if text is None else text)
+    except NewerVersion as error:
+        raise NewerVersion(f"{path / MANIFEST}: {error.message}", hint=error.hint) from None
+    except (Damaged, InputMissing):
+        raise
+    except DataError as error:
+        raise Damaged(f"{path / MANIFEST} is damaged: {error.message}", proven=True) from error
 
 
 def open_data(path: Path, manifest: Manifest) -> int:
@@ -155,9 +160,9 @@ def read_table(descriptor: int, path: Path, manifest: Manifest) -> Table:
     return table
 
 
-def check(path: Path) -> tuple[Manifest, str]:
-    """The manifest (and its text) of a checkpoint that looks good: all but its data is checked. Raises Damaged, ..."""
-    manifest, text = read_manifest(path)
+def check(path: Path, text: str | None = None) -> Manifest:
+    """The manifest of a checkpoint that looks good: all but its data is checked. As `read_manifest`."""
+    manifest = read_manifest(path, text)
     name = parse_name(path.name)
     if name is not None and name[0] != manifest.step:
         raise Damaged(f"{path} holds the checkpoint of step {manifest.step}: it was given another name")
@@ -176,7 +181,7 @@ def check(path: Path) -> tuple[Manifest, str]:
         raise Damaged(f"{path / DATA} cannot be read: {error}") from error
     finally:
         os.close(descriptor)
-    return manifest, text
+    return manifest
 
 
 def mark_damaged(path: Path, message: str) -> None:
@@ -246,7 +251,7 @@ def superfluous(
     for stored in listing(directory):
         if stored.path not in good:
             try:
-                good[stored.path] = check(stored.path)[0]
+                good[stored.path] = check(stored.path)
             except DataError as error:
                 log(f"{stored.path} does not count as a checkpoint: {error.message}")
                 continue

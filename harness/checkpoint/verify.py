@@ -38,7 +38,7 @@ def verify(path: Path, *, jobs: int | None = None, progress: Callable[[int, int]
 
     Raises Damaged where the checkpoint cannot be read at all or its metadata are damaged, InputMissing, NewerVersion.
     """
-    manifest, _ = check(path)
+    manifest = check(path)
     layout = manifest.layout
     blocks = Blocks(path, manifest)
     step = max(1, SEGMENT // layout.block)

@@ -34,7 +34,7 @@ def saved(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Manifest]:
     path = saver.save(1, State(tensors={"large": large, "small": torch.ones(7)}), wait=True)
     saver.close()
     assert path is not None
-    return path, check(path)[0]
+    return path, check(path)
 
 
 @pytest.fixture

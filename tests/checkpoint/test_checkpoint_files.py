@@ -25,7 +25,7 @@ from harness.checkpoint.file import build_head, fit_head
 from harness.checkpoint.layout import USER_BLOCK, lay_out
 from harness.checkpoint.manifest import MAX_TEXT, parse, render
 from harness.checkpoint.schema import ITEMSIZE, Leaf
-from harness.checkpoint.store import check
+from harness.checkpoint.store import check, read_text
 from harness.errors import DataError, HarnessError, InputMissing, UsageError
 
 GOLDEN = Path(__file__).parent / "golden"
@@ -181,7 +181,7 @@ def test_the_same_state_gives_the_same_bytes(tmp_path: Path, monkeypatch: pytest
 def test_a_later_save_has_the_metadata_that_hdf5_writes(tmp_path: Path) -> None:
     """After the first save HDF5 is not called any more: the copied metadata must be what it would have written."""
     saved(tmp_path, range(1, 4))
-    manifest, _ = check(tmp_path / "step-00000003")
+    manifest = check(tmp_path / "step-00000003")
     head = build_head(manifest.layout, manifest.aliases, tmp_path / "scratch.h5")
     found = (tmp_path / "step-00000003" / "data.h5").read_bytes()[USER_BLOCK : manifest.layout.head]
     assert found == head and not (tmp_path / "scratch.h5").exists()
@@ -262,7 +262,7 @@ def without_data(path: Path) -> None:
 
 @damage
 def zeroed_block(path: Path) -> None:
-    manifest, _ = check(path)
+    manifest = check(path)
     with open(path / "data.h5", "r+b") as file:
         file.seek(manifest.layout.data_start)
         file.write(bytes(512))
@@ -321,7 +321,7 @@ def a_pipe_instead_of_data(path: Path) -> None:
 
 @damage
 def swapped_blocks(path: Path) -> None:
-    manifest, _ = check(path)
+    manifest = check(path)
     start, size = manifest.layout.data_start, 512
     with open(path / "data.h5", "r+b") as file:
         file.seek(start)
@@ -363,7 +363,7 @@ def test_any_flipped_bit_is_found(tmp_path: Path) -> None:
     saved(tmp_path, range(1, 3))
     first = bits_at(tmp_path, 1)
     path = tmp_path / "step-00000002"
-    manifest, _ = check(path)
+    manifest = check(path)
     layout = manifest.layout
     generator = np.random.default_rng(0)
     places = {*generator.integers(0, layout.data_end, 40).tolist(), 0, USER_BLOCK, layout.head, layout.data_start}
@@ -392,7 +392,7 @@ def bits_at(directory: Path, step: int) -> dict[str, Any]:
 def test_damaged_tensors_are_named_and_the_checkpoint_is_marked(tmp_path: Path) -> None:
     tensors = {f"t{i}": torch.full((5000,), float(i)) for i in range(6)}
     path = manager(tmp_path).save(1, State(tensors=tensors))
-    manifest, _ = check(path)
+    manifest = check(path)
     index = next(i for i, leaf in enumerate(manifest.layout.leaves) if leaf.name == "tensors/t3")
     with open(path / "data.h5", "r+b") as file:
         file.seek(int(manifest.layout.starts[index]) + 10_000)
@@ -416,7 +416,7 @@ def test_data_and_digests_that_were_changed_together_are_found(tmp_path: Path) -
     saved(tmp_path, range(1, 3))
     first = bits_at(tmp_path, 1)
     path = tmp_path / "step-00000002"
-    manifest, _ = check(path)
+    manifest = check(path)
     layout = manifest.layout
     with open(path / "data.h5", "r+b") as file:
         file.seek(layout.data_start)
@@ -601,6 +601,7 @@ def test_a_newer_version_is_refused_and_nothing_older_is_used_instead(tmp_path: 
 
 def test_a_manifest_is_the_same_after_parsing(tmp_path: Path) -> None:
     saved(tmp_path)
-    manifest, text = check(tmp_path / "step-00000001")
+    text = read_text(tmp_path / "step-00000001")
+    manifest = check(tmp_path / "step-00000001", text)
     assert render(parse(text)) == text
     assert json.loads(text)["schema"] and manifest.step == 1

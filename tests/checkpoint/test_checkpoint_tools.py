@@ -134,7 +134,7 @@ def test_a_survey_tells_what_there_is(tmp_path: Path) -> None:
     assert found[1].note == "tensor a" and str(found[2].note).startswith("data.h5 has 7 bytes, not ")
     three = found[3]
     assert (three.tensors, three.world, three.metrics, three.tags) == (2, 1, {"loss": 1.5}, ())
-    assert three.created == read_manifest(three.path)[0].created and found[5].tags == ("x", "y")
+    assert three.created == read_manifest(three.path).created and found[5].tags == ("x", "y")
     assert three.bytes == sum(path.stat().st_size for path in three.path.iterdir())
     more = [entry for entry in survey(tmp_path, everything=True) if entry.state == "incomplete"]
     assert [(entry.step, entry.bytes) for entry in more] == [(6, 3), (7, 0)]
@@ -210,7 +210,7 @@ def test_large_manifests_are_read_at_both_ends_only(tmp_path: Path, monkeypatch:
 def many(directory: Path, count: int) -> None:
     """So many checkpoints, of which the data are the same file."""
     path = save(directory / "one", metrics={"val/loss": 0.5}, **{f"layer{i}.weight": np.zeros(4) for i in range(50)})
-    manifest, _ = read_manifest(path)
+    manifest = read_manifest(path)
     for step in range(1, count + 1):
         made = directory / "many" / make_name(step)
         made.mkdir(parents=True)
@@ -247,7 +247,7 @@ def test_every_damaged_tensor_is_named(tmp_path: Path, jobs: int) -> None:
     assert report.damaged == () and report.tensors == 8 and report.bytes >= 8 * 3_200_000
     assert seen[-1] == (report.bytes, report.bytes) and len(seen) >= report.bytes / SEGMENT
     assert [done for done, _ in seen] == sorted(done for done, _ in seen)
-    layout = check(path)[0].layout
+    layout = check(path).layout
     starts = {leaf.name: int(start) for leaf, start in zip(layout.leaves, layout.starts, strict=True)}
     with open(path / "data.h5", "r+b") as file:
         for name in ("arrays/t2", "arrays/t6"):
@@ -258,7 +258,7 @@ def test_every_damaged_tensor_is_named(tmp_path: Path, jobs: int) -> None:
 
 def test_damage_between_tensors_and_of_metadata(tmp_path: Path) -> None:
     path = save(tmp_path, a=np.zeros(8193), b=np.zeros(8193))
-    layout = check(path)[0].layout
+    layout = check(path).layout
     gap = int(layout.ends[0])
     assert gap < layout.starts[1]
     good = (path / "data.h5").read_bytes()

@@ -427,7 +427,7 @@ def whole_checkpoint(tree: Tree, directory: Path) -> tuple[Path, Manifest]:
     with Manager(directory, Single(), background=False, log=print) as manager:
         path = manager.save(1, State(**entries))
     assert path is not None
-    return path, check(path)[0]
+    return path, check(path)
 
 
 def restore(tree: Tree, path: Path, manifest: Manifest, size: int, odd: bool = False) -> None:
