@@ -22,10 +22,11 @@ from harness.checkpoint.input import Input
 from harness.checkpoint.manifest import Manifest
 from harness.checkpoint.store import Damaged
 from harness.checkpoint.tensors import Bytes
-from harness.checkpoint.wanted import Sink, gather_wanted, wanted_blocks
+from harness.checkpoint.wanted import Mask, Sink, Wanted, gather_wanted, wanted_blocks, wanted_ranges
 from harness.errors import InternalError
 
 _NAMED = 20
+_TAG = 4118
 
 
 def load(
@@ -33,19 +34,20 @@ def load(
 ) -> None:
     """Fill the sinks, by leaf name, from a checkpoint. Collective; ranks may have different sinks.
 
-    With MPI, what several ranks want (`gather_wanted`) is read and checked by them in shares and exchanged, so that
-    each byte leaves the file system once; without, or where `cached.each_reads` finds that faster (`read`: "auto", else
-    "exchange" or "all"), every rank reads what it wants. Raises Damaged, on all ranks alike, naming the damaged
-    tensors; the sinks may then be partly filled.
+    With MPI, blocks that several ranks want are read and checked in shares, and each rank is sent what it wants of
+    them, so that each byte leaves the file system once; without, or where `cached.each_reads` finds that faster
+    (`read`: "auto", else "exchange" or "all"), every rank reads what it wants. Raises Damaged, on all ranks alike,
+    naming the damaged tensors; the sinks may then be partly filled.
     """
     reading = _Reading(path, manifest, sinks)
     try:
         if not each_reads(read, reading.source, manifest.layout, comm):
-            for ranks, blocks in gather_wanted(manifest.layout, sinks, comm):
-                _read_together(reading, blocks, ranks, comm.mpi)
+            wanted = gather_wanted(manifest.layout, reading.ranges, comm)
+            _give_all(reading, wanted.by_most, comm.mpi)
+            _give_some(reading, wanted, comm.mpi)
         for found in reading.fetch(_segments(reading.wanted, manifest.layout.block, 1)):
             if reading.good:
-                reading.deliver(found.first, found.last, found.data)
+                reading.deliver(reading.layout.block_range(found.first)[0], found.data)
         verdicts: list[Any] = comm.all_gather(reading.verdict())
     finally:
         reading.close()
@@ -61,10 +63,11 @@ def load(
         raise Damaged(unreadable)
 
 
-def _read_together(reading: _Reading, blocks: npt.NDArray[np.bool_], ranks: Sequence[int], world: Any) -> None:
-    """Some ranks read the blocks that all of them want: each a share, which it sends to the others."""
-    some = len(ranks) < world.Get_size()
-    mpi = world.Create_group(world.Get_group().Incl(ranks)) if some else world
+def _read_together(reading: _Reading, blocks: Mask, mpi: Any) -> Iterator[tuple[Found | None, list[Segment]]]:
+    """Each rank reads a share of these blocks. In turns: what this rank has read, and what each has, by rank.
+
+    Nothing comes once one of them could not read. Collective, in each turn.
+    """
     size, rank = mpi.Get_size(), mpi.Get_rank()
     segments = _segments(blocks, reading.layout.block, size)
     turns = -(-len(segments) // size)
@@ -72,23 +75,54 @@ def _read_together(reading: _Reading, blocks: npt.NDArray[np.bool_], ranks: Sequ
     for turn in range(turns):
         found = next(own, None)
         if all(_gather_flags(mpi, reading.good)):
-            for owner, segment in enumerate(segments[turn::turns]):
-                data = found.data if found is not None and owner == rank else reading.room(*segment)
-                mpi.Bcast(data, root=owner)
-                reading.deliver(*segment, data)
-    if some:
-        mpi.Free()
+            yield found, segments[turn::turns]
+
+
+def _give_all(reading: _Reading, blocks: Mask, mpi: Any) -> None:
+    """Read these blocks, which then go to all ranks."""
+    for found, segments in _read_together(reading, blocks, mpi):
+        for owner, segment in enumerate(segments):
+            lo, hi = reading.layout.span(*segment)
+            data = found.data if found is not None and owner == mpi.Get_rank() else reading.room(hi - lo)
+            mpi.Bcast(data, root=owner)
+            reading.deliver(lo, data)
+
+
+def _give_some(reading: _Reading, wanted: Wanted, mpi: Any) -> None:
+    """Read the blocks that go to some ranks: to each what it wants of a segment, in one message.
+
+    All send before they wait for what they receive, which they take in another order each, not all from the same rank.
+    """
+    size, rank = mpi.Get_size(), mpi.Get_rank()
+    for found, segments in _read_together(reading, wanted.by_some, mpi):
+        sent = []
+        if found is not None:
+            base, end = reading.layout.span(found.first, found.last)
+            for to, (lo, hi) in wanted.of(base, end).items():
+                if to != rank:
+                    sent.append(mpi.Isend(found.data[lo - base : hi - base], dest=to, tag=_TAG))
+            reading.deliver(base, found.data)
+        for owner in ((rank - step) % size for step in range(1, size)):
+            if owner < len(segments) and reading.wanted[slice(*segments[owner])].any():
+                lo, hi = wanted.of(*reading.layout.span(*segments[owner]))[rank]
+                data = reading.room(hi - lo)
+                mpi.Irecv(data, source=owner, tag=_TAG).Wait()
+                reading.deliver(lo, data)
+        for request in sent:
+            request.Wait()
 
 
 class _Reading:
     """One rank's part of `load`. Errors are kept until all ranks can hear of them.
 
-    `wanted`: the blocks with bytes for the sinks that have not been delivered yet, bool[blocks].
+    `ranges`: of the file, with bytes for the sinks. `wanted`: their blocks that have not been delivered yet,
+    bool[blocks].
     """
 
     def __init__(self, path: Path, manifest: Manifest, sinks: Mapping[str, Sequence[Sink]]) -> None:
         self.layout, self._sinks, self._path = manifest.layout, sinks, path
-        self.wanted = wanted_blocks(self.layout, sinks)
+        self.ranges = wanted_ranges(self.layout, sinks)
+        self.wanted = wanted_blocks(self.layout, self.ranges)
         self._damaged: list[int] = []
         self._unreadable: str | None = None
         self._failed: str | None = None
@@ -121,24 +155,24 @@ class _Reading:
         except Exception as error:
             self._failed = self._failed or f"{type(error).__name__}: {error}"
 
-    def room(self, first: int, last: int) -> Bytes:
-        """Memory for blocks [first, last) that another rank sends."""
-        lo, hi = self.layout.span(first, last)
-        if len(self._received) < hi - lo:
-            self._received = np.empty(hi - lo, np.uint8)
-        return self._received[: hi - lo]
+    def room(self, size: int) -> Bytes:
+        """Memory for what another rank sends."""
+        if len(self._received) < size:
+            self._received = np.empty(size, np.uint8)
+        return self._received[:size]
 
-    def deliver(self, first: int, last: int, data: Bytes) -> None:
-        """Hand the blocks' bytes to the sinks they belong to, each block once."""
-        base = self.layout.block_range(first)[0]
+    def deliver(self, lo: int, data: Bytes) -> None:
+        """Hand the file's bytes from `lo` on to the sinks they belong to: all that these want of a block, and once."""
+        first, last = ((at - self.layout.data_start) // self.layout.block for at in (lo, lo + len(data) - 1))
         try:
-            for begin, end in _runs(first + np.flatnonzero(self.wanted[first:last])):
-                for piece in self.layout.pieces(*self.layout.span(begin, end)):
+            for begin, end in _runs(first + np.flatnonzero(self.wanted[first : last + 1])):
+                start, stop = self.layout.span(begin, end)
+                for piece in self.layout.pieces(max(start, lo), min(stop, lo + len(data))):
                     for sink in self._sinks.get(self.layout.leaves[piece.leaf].name, ()):
-                        sink.write(piece.lo, data[piece.offset - base : piece.offset - base + piece.hi - piece.lo])
+                        sink.write(piece.lo, data[piece.offset - lo : piece.offset - lo + piece.hi - piece.lo])
         except Exception as error:
             self._failed = self._failed or f"{type(error).__name__}: {error}"
-        self.wanted[first:last] = False
+        self.wanted[first : last + 1] = False
 
     def verdict(self) -> dict[str, Any]:
         names = self._blocks.names(self._damaged) if self._blocks is not None else []
@@ -151,7 +185,7 @@ class _Reading:
             self._blocks.close()
 
 
-def _segments(needed: npt.NDArray[np.bool_], block: int, ranks: int) -> list[Segment]:
+def _segments(needed: Mask, block: int, ranks: int) -> list[Segment]:
     """The needed blocks as runs [first, last): at most SEGMENT bytes each, and enough of them to share."""
     numbers = np.flatnonzero(needed)
     step = max(1, min(SEGMENT // block, -(-len(numbers) // ranks)))

@@ -21,6 +21,7 @@ from ranks_checkpoint import run_checks
 from samples import bits
 
 from harness.checkpoint import Box, Flat, PerRank, Rng, SaveFailed, Shard, State, open_checkpoint
+from harness.checkpoint.blocks import Blocks
 from harness.errors import DataError
 
 ROWS, COLUMNS = 61, 83
@@ -186,6 +187,29 @@ class Checks(Base):
             whole = globally(99)
             assert manager.restore(State(tensors=whole)) == 5
             assert bits(whole) == bits(globally(1)), name
+
+    def check_each_byte_is_read_once(self) -> None:
+        """Also where parts meet in a block, on as many ranks as saved it or on others."""
+        rank, size = self.comm.rank, self.comm.size
+        if self.comm.mpi is None:
+            return
+        found: Any = self.comm.broadcast(sorted(path.name for path in self.root.glob("*-by-*")))
+        original, counts = Blocks.read, [0]
+
+        def read(blocks: Blocks, first: int, last: int, buffer: Any) -> list[int]:
+            counts.append(last - first)
+            return original(blocks, first, last, buffer)
+
+        for name in found:
+            for turned in (False, True):
+                state = parts(99, rank, size, turned)
+                manager = self.manager(name, fresh=False, read="exchange")
+                Blocks.read, counts[:] = read, [0]  # type: ignore[assignment,method-assign]
+                manager.restore(State(tensors=state))
+                Blocks.read = original  # type: ignore[method-assign]
+                assert as_bits(state) == as_bits(parts(1, rank, size, turned)), (name, turned)
+                with open_checkpoint(self.root / name / "step-00000005") as checkpoint:
+                    assert sum(self.everywhere(sum(counts))) == checkpoint.manifest.layout.blocks, (name, turned)
 
     def check_parts_of_a_module_and_its_optimizer(self) -> None:
         rank, size = self.comm.rank, self.comm.size

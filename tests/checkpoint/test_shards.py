@@ -30,6 +30,7 @@ from harness.checkpoint.staging import Staging
 from harness.checkpoint.store import Damaged, check
 from harness.checkpoint.tensors import Buffer, Part
 from harness.checkpoint.tiling import first_fault
+from harness.checkpoint.wanted import gather_wanted, wanted_blocks, wanted_ranges
 from harness.errors import DataError
 
 shapes = st.lists(st.integers(1, 7), max_size=4).map(tuple)
@@ -456,10 +457,45 @@ def restore_one(tree: Tree, path: Path, manifest: Manifest, comm: Thread, odd: b
 def test_any_parts_are_restored_from_whole_tensors(data: st.DataObject, size: int, odd: bool) -> None:
     tree = data.draw(trees(size))
     with tempfile.TemporaryDirectory() as directory:
-        restore(tree, *whole_checkpoint(tree, Path(directory)), size, odd)
+        read, blocks = reads(tree, Path(directory), size, odd)
+    assert read == blocks, "each byte is wanted by some rank and leaves the file once"
 
 
-def reads(tree: Tree, directory: Path, size: int, monkeypatch: pytest.MonkeyPatch) -> tuple[int, int]:
+@given(st.data(), st.integers(1, 5))
+@settings(max_examples=100, deadline=None)
+def test_what_all_ranks_want_is_known_to_each(data: st.DataObject, size: int) -> None:
+    tree = data.draw(trees(size))
+    layout = tree.layout()
+    absent = data.draw(st.sets(st.tuples(st.sampled_from(range(size)), st.sampled_from(range(len(layout.leaves))))))
+    wants = np.zeros((size, layout.data_end - layout.data_start), np.bool_)
+    sinks: list[dict[str, list[Any]]] = []
+    for rank in range(size):
+        parts = tree.parts(layout, rank)
+        sinks.append({})
+        for index, leaf in enumerate(layout.leaves):
+            if (rank, index) not in absent:
+                sinks[rank][leaf.name] = [parts.get(index, Buffer(tree.values[leaf.name]))]
+                lo, hi = extent(parts[index].box) if index in parts else (0, leaf.nbytes)
+                start = int(layout.starts[index]) - layout.data_start
+                wants[rank, start + lo : start + hi] = True
+    found = World(size).run(lambda comm: gather_wanted(layout, wanted_ranges(layout, sinks[comm.rank]), comm))
+    for rank, wanted in enumerate(found):
+        mine = wanted_blocks(layout, wanted_ranges(layout, sinks[rank]))
+        assert [wants[rank, lo : lo + layout.block].any() for lo in range(0, wants.shape[1], layout.block)] == [*mine]
+        assert (wanted.ranges == found[0].ranges).all() and wanted.groups == found[0].groups
+        assert (wanted.by_most == found[0].by_most).all() and (wanted.by_some == found[0].by_some).all()
+    for block in range(layout.blocks):
+        lo, hi = (at - layout.data_start for at in layout.block_range(block))
+        places = {rank: lo + np.flatnonzero(wants[rank, lo:hi]) for rank in range(size) if wants[rank, lo:hi].any()}
+        expected = {rank: (at[0] + layout.data_start, at[-1] + 1 + layout.data_start) for rank, at in places.items()}
+        assert found[0].of(*layout.block_range(block)) == expected
+        shared = found[0].by_most[block] or found[0].by_some[block]
+        assert shared >= (len(expected) > 1)
+        entries = {leaf.name.partition("/")[0] for leaf in layout.leaves}
+        assert len(entries) > 1 or shared == (len(expected) > 1)
+
+
+def reads(tree: Tree, directory: Path, size: int, odd: bool = False) -> tuple[int, int]:
     """How many blocks all ranks read together in a restore, and how many there are."""
     path, manifest = whole_checkpoint(tree, directory)
     found: list[int] = []
@@ -469,35 +505,33 @@ def reads(tree: Tree, directory: Path, size: int, monkeypatch: pytest.MonkeyPatc
         found.append(last - first)
         return original(self, first, last, buffer)
 
-    with monkeypatch.context() as patch:
+    with pytest.MonkeyPatch.context() as patch:
         patch.setattr(Blocks, "read", read)
-        restore(tree, path, manifest, size)
+        restore(tree, path, manifest, size, odd)
     return sum(found), manifest.layout.blocks
 
 
-def test_each_byte_leaves_the_file_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    size, shape = 4, (512, 128)
+def test_each_byte_leaves_the_file_once(tmp_path: Path) -> None:
+    size, shape, odd = 4, (512, 128), (65521,)
     kinds: dict[str, list[Region]] = {
         "rows": [Box(shape, (128 * rank, 0), (128, 128)) for rank in range(size)],
         "two replicas of rows": [Box(shape, (256 * (rank % 2), 0), (256, 128)) for rank in range(size)],
         "two replicas of columns": [Box(shape, (0, 64 * (rank % 2)), (512, 64)) for rank in range(size)],
+        "parts that meet in blocks": [Flat(odd, 65521 * rank // 4, 65521 * (rank + 1) // 4) for rank in range(size)],
         "whole": [],
     }
     for kind, held in kinds.items():
-        read, blocks = reads(model(size, "sharded", held, shape), tmp_path / kind, size, monkeypatch)
+        tree = model(size, "sharded", held, held[0].shape if held else shape, count=3)
+        read, blocks = reads(tree, tmp_path / kind, size)
         assert read == blocks, kind
-    marks = [0, 16000, 32000, 48000, 65536]
-    flat: list[Region] = [Flat(shape, marks[rank], marks[rank + 1]) for rank in range(size)]
-    read, blocks = reads(model(size, "sharded", flat, shape), tmp_path / "flat", size, monkeypatch)
-    assert blocks < read <= blocks + 3, "only blocks in which two parts meet are read twice"
 
 
-def test_blocks_of_parts_and_whole_tensors_are_read_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_blocks_of_parts_and_whole_tensors_are_read_once(tmp_path: Path) -> None:
     size, count = 4, 300
     held: list[Region] = [Flat((40,), 20 * (rank % 2), 20 * (rank % 2) + 20) for rank in range(size)]
     tree = model(size, "sharded", held, (40,), count)
     whole = dict.fromkeys(list(tree.regions)[::2], held)
-    read, blocks = reads(Tree(tree.leaves, tree.values, whole), tmp_path, size, monkeypatch)
+    read, blocks = reads(Tree(tree.leaves, tree.values, whole), tmp_path, size)
     assert blocks > 4 and read == blocks
 
 

@@ -20,7 +20,6 @@ class Thread:
         self.rank, self.size, self._world = rank, world.size, world
         self.mpi: Any = self
         self.bytes = 0
-        self._made: dict[tuple[int, ...], int] = {}
 
     def all_gather(self, value: Any) -> list[Any]:
         return [json.loads(text) for text in self._share(json.dumps(value))]
@@ -38,22 +37,6 @@ class Thread:
 
     def Get_rank(self) -> int:
         return self.rank
-
-    def Get_group(self) -> Thread:
-        return self
-
-    def Incl(self, ranks: Any) -> tuple[int, ...]:
-        return tuple(ranks)
-
-    def Create_group(self, ranks: tuple[int, ...]) -> Thread:
-        with self._world.lock:
-            number = self._made.setdefault(ranks, 0)
-            self._made[ranks] += 1
-            world = self._world.parts.setdefault((*ranks, number), World(len(ranks)))
-        return Thread(ranks.index(self.rank), world)
-
-    def Free(self) -> None:
-        pass
 
     def Bcast(self, data: Any, root: int) -> None:
         found = self._share(np.array(data))[root]
@@ -99,8 +82,6 @@ class World:
     def __init__(self, size: int) -> None:
         self.size = size
         self.slots: list[Any] = [None] * size
-        self.lock = threading.Lock()
-        self.parts: dict[tuple[int, ...], World] = {}
         self.barrier = threading.Barrier(size)
         self.letters = {(a, b): queue.Queue() for a in range(size) for b in range(size)}  # type: ignore[var-annotated]
         self.errors: list[BaseException | None] = [None] * size
