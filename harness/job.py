@@ -25,6 +25,7 @@ from harness.checkpoint.writing import Outcome
 from harness.clock import Clock
 from harness.config import Config
 from harness.data import EvalBatches, check_dataset
+from harness.eager import be_deterministic
 from harness.ema import Ema
 from harness.errors import ConfigError
 from harness.optim import make_optimizer, peak_lr
@@ -150,7 +151,7 @@ def build(config: Config, run: RunDir, attempt: int, world: World, clock: Clock,
     """Collective (initial parameters and buffers come from rank 0). Raises ConfigError and what the task raises."""
     if config.train.deterministic:  # read when cuBLAS starts; without it torch refuses matrix products on a GPU
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
-    torch.use_deterministic_algorithms(config.train.deterministic)
+    be_deterministic(config.train.deterministic)
     torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined] # costs time and only hides reads of unset memory
     torch.backends.cudnn.benchmark = not config.train.deterministic
     settings = config.checkpoint

@@ -41,6 +41,8 @@ def peak_lr(settings: Optim, global_batch: int) -> float:
 
 def make_optimizer(parameters: Iterable[Any], settings: Optim, *, lr: float) -> torch.optim.Optimizer:
     """A torch optimizer. Raises ConfigError when there is none, it needs a closure, or a setting does not apply."""
+    from harness.eager import eager
+
     kind = _optimizer_class(settings.name)
     accepted = inspect.signature(kind).parameters
     given = {key: value for key in ("momentum", "betas", "eps") if (value := getattr(settings, key)) is not None}
@@ -55,7 +57,7 @@ def make_optimizer(parameters: Iterable[Any], settings: Optim, *, lr: float) -> 
             hint=f"it takes {', '.join(key for key in accepted if key not in ('params', 'self'))}",
         )
     try:
-        optimizer: torch.optim.Optimizer = kind(parameters, lr=lr, **arguments)
+        optimizer: torch.optim.Optimizer = eager(kind)(parameters, lr=lr, **arguments)
     except (TypeError, ValueError, RuntimeError) as error:
         raise ConfigError(f"optim.{settings.name} does not accept its settings: {error}") from error
     return optimizer
