@@ -100,6 +100,9 @@ def run(
     discover: Discover = None,
 ) -> int:
     """Start a run, or go on with it, and stay until it ends. Ctrl-C saves and stops."""
+    from launch import mpi
+
+    mpi.begin()  # it looks around while the rest is imported and the config is read
     from harness.batch import plan_of
     from harness.errors import Exit
     from harness.named import check_classes

@@ -13,6 +13,7 @@ import re
 import shutil
 import subprocess
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from typing import Literal
 
@@ -37,6 +38,8 @@ _PATTERNS: tuple[tuple[Family, str], ...] = (  # first match counts: Spectrum, I
     ("mpich", r"(?:HYDRA build details:|MPICH)[\s\S]*?[Vv]ersion:?\s+([\d.]+)"),
     ("mpich", r"\bHYDRA\b|\bMPICH\b|\bmpich\b"),
 )
+
+_begun: dict[tuple[str, ...], subprocess.Popen[str]] = {}
 
 
 @dataclass(frozen=True)
@@ -71,30 +74,55 @@ def identify(text: str) -> Mpi:
     )
 
 
+def begin(environ: Mapping[str, str] = os.environ) -> None:
+    """Let `ompi_info` start on its answer, which takes it a quarter of a second or more, before `find` asks for it."""
+    path = _path(environ)
+    if path is not None and (info := _info(path)) is not None:
+        with suppress(OSError):  # `find` tells
+            _begun[info] = _start(info, environ)
+
+
 def find(environ: Mapping[str, str] = os.environ, *, timeout: float = 15.0) -> Mpi:
     """The MPI whose `mpirun` (or `mpiexec`) comes first on PATH.
 
     Raises Unavailable when there is none, when it does not answer within `timeout` seconds, or is unknown.
     """
-    search = environ.get("PATH")
-    path = shutil.which("mpirun", path=search) or shutil.which("mpiexec", path=search)
+    path = _path(environ)
     if path is None:
         raise Unavailable("there is no mpirun on PATH: no MPI is installed or its module is not loaded", hint=INSTALL)
-    mpi = replace(identify(_ask([path, "--version"], environ, timeout)), path=path)
+    mpi = replace(identify(_ask((path, "--version"), environ, timeout)), path=path)
     if mpi.family != "openmpi":
         return mpi
-    info = os.path.join(os.path.dirname(path), "ompi_info")
-    parts = _ask([info, "--parsable"], environ, timeout) if os.access(info, os.X_OK) else ""
-    return replace(mpi, ucx="mca:pml:ucx:" in parts)
+    info = _info(path)
+    return replace(mpi, ucx=info is not None and "mca:pml:ucx:" in _ask(info, environ, timeout))
 
 
-def _ask(argv: list[str], environ: Mapping[str, str], timeout: float) -> str:
+def _path(environ: Mapping[str, str]) -> str | None:
+    search = environ.get("PATH")
+    return shutil.which("mpirun", path=search) or shutil.which("mpiexec", path=search)
+
+
+def _info(mpirun: str) -> tuple[str, ...] | None:
+    """What tells the components of an Open MPI; None where it is not installed."""
+    tool = os.path.join(os.path.dirname(mpirun), "ompi_info")
+    return (tool, "--parsable") if os.access(tool, os.X_OK) else None
+
+
+def _start(argv: tuple[str, ...], environ: Mapping[str, str]) -> subprocess.Popen[str]:
+    return subprocess.Popen(
+        argv, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, errors="replace", env=dict(environ)
+    )
+
+
+def _ask(argv: tuple[str, ...], environ: Mapping[str, str], timeout: float) -> str:
     try:
-        done = subprocess.run(
-            argv, capture_output=True, text=True, errors="replace", timeout=timeout, env=dict(environ), check=False
-        )
+        with _begun.pop(argv, None) or _start(argv, environ) as process:
+            try:
+                return "\n".join(process.communicate(timeout=timeout))
+            except BaseException:
+                process.kill()
+                raise
     except subprocess.TimeoutExpired as error:
         raise Unavailable(f"`{' '.join(argv)}` gave no answer within {timeout:.0f} s", hint=INSTALL) from error
     except OSError as error:
         raise Unavailable(f"`{' '.join(argv)}` cannot be started: {error.strerror}", hint=INSTALL) from error
-    return f"{done.stdout}\n{done.stderr}"

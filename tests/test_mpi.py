@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from harness.errors import Unavailable
-from launch.mpi import find, identify
+from launch.mpi import begin, find, identify
 
 HYDRA = """HYDRA build details:
     Version:                                 4.0.2
@@ -88,6 +88,25 @@ def test_found_by_path_and_asked_for_ucx(tmp_path: Path) -> None:
     _tool(tmp_path, "ompi_info", "echo 'mca:pml:ucx:version:\"mca:2.1.0\"'")
     found = find(environ)
     assert (found.path, found.ucx, found.major) == (str(tmp_path / "mpirun"), True, 4)
+
+
+def test_ompi_info_may_begin_before_it_is_asked(tmp_path: Path) -> None:
+    environ = {"PATH": f"{tmp_path}:{os.environ['PATH']}"}
+    begin({"PATH": str(tmp_path)})  # where there is nothing yet
+    _tool(tmp_path, "mpirun", "echo 'mpirun (Open MPI) 4.1.4'")
+    _tool(tmp_path, "ompi_info", f"echo once >> {tmp_path}/asked; echo 'mca:pml:ucx:version:\"mca:2.1.0\"'")
+    begin(environ)
+    assert find(environ).ucx
+    assert (tmp_path / "asked").read_text() == "once\n", "its answer was taken"
+    assert find(environ).ucx and (tmp_path / "asked").read_text() == "once\nonce\n"
+    (tmp_path / "ompi_info").write_text("#!/no/such/interpreter\n")
+    begin(environ)
+    with pytest.raises(Unavailable, match="ompi_info --parsable` cannot be started"):
+        find(environ)
+    _tool(tmp_path, "ompi_info", "exec sleep 30")
+    begin(environ)
+    with pytest.raises(Unavailable, match="no answer within 1 s"):
+        find(environ, timeout=1)
 
 
 def test_mpiexec_serves_too(tmp_path: Path) -> None:
