@@ -9,16 +9,15 @@ from __future__ import annotations
 import contextlib
 import os
 import sys
-
-from rich.console import Console as Terminal
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
-from rich.table import Column
-from rich.text import Text
+from typing import TYPE_CHECKING, Any
 
 from harness.clock import OWN_WORK
 from harness.env import identify
 from harness.sinks import Record
 from harness.units import show_duration
+
+if TYPE_CHECKING:
+    from rich.progress import Progress
 
 HIDDEN = {"kind", "step"}
 SLOW, NOTICEABLE = 1.3, 0.02
@@ -36,14 +35,7 @@ class Console:
         self.bar: Progress | None = None
         alone = identify().launcher == "none"
         if columns.isdecimal() or (alone and self.stream.isatty()):
-            width = max(40, min(int(columns), 400)) if columns.isdecimal() else None
-            self.bar = Progress(
-                MofNCompleteColumn(table_column=Column(no_wrap=True, min_width=2 * len(str(steps)) + 1)),
-                BarColumn(bar_width=20),
-                TextColumn("{task.fields[told]}", table_column=Column(no_wrap=True)),
-                console=Terminal(file=self.stream, force_terminal=True, width=width),
-                auto_refresh=False,
-            )
+            self.bar = _bar(self.stream, steps, max(40, min(int(columns), 400)) if columns.isdecimal() else None)
             self.task = self.bar.add_task("", total=steps, told="starting")
             self.bar.start()
 
@@ -69,6 +61,8 @@ class Console:
 
     def say(self, text: str) -> None:
         if self.bar is not None:
+            from rich.text import Text
+
             with contextlib.suppress(OSError):
                 self.bar.console.print(Text(text))
             self._note(text)
@@ -84,6 +78,21 @@ class Console:
         if self.file is not None:
             with contextlib.suppress(OSError):  # as in Tee
                 self.file.write(text + "\n")
+
+
+def _bar(stream: Any, steps: int, width: int | None) -> Progress:
+    """rich is imported where there is a terminal only: a start need not wait for it."""
+    from rich.console import Console as Terminal
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
+    from rich.table import Column
+
+    return Progress(
+        MofNCompleteColumn(table_column=Column(no_wrap=True, min_width=2 * len(str(steps)) + 1)),
+        BarColumn(bar_width=20),
+        TextColumn("{task.fields[told]}", table_column=Column(no_wrap=True)),
+        console=Terminal(file=stream, force_terminal=True, width=width),
+        auto_refresh=False,
+    )
 
 
 def describe(record: Record) -> str:
