@@ -16,7 +16,10 @@ from support import ROOT, needs_mpirun
 sys.path.append(str(ROOT / "tests" / "bench"))
 
 from figures import page, plot, targets
+from plots import Panel, draw, load
 from workloads import NAMES, gpt2, make
+
+from harness.bench.rounds import Spread, spread
 
 
 @needs_mpirun
@@ -78,6 +81,15 @@ def test_a_page_tells_what_was_not_tried(tmp_path: Path) -> None:
     assert "nan" not in text
     pytest.importorskip("matplotlib")
     assert plot([measured("A"), measured("B")], tmp_path / "x.png") and (tmp_path / "x.png").stat().st_size > 1000
+
+
+def test_a_panel_goes_by_a_file(tmp_path: Path) -> None:
+    panel = Panel("step, x DDP", {"DDP": Spread(1.0, 1.0, 1.0, 3), "harness": Spread(0.9, 0.8, 1.0, 3)}, ["harness"])
+    panel.save(tmp_path / "panel.json")
+    assert load(tmp_path / "panel.json") == panel
+    pytest.importorskip("matplotlib")
+    unmeasured = Panel("seconds", {"a run": spread([])}, line=None)
+    assert draw([[panel, None], [unmeasured, panel]], tmp_path / "x.png") and (tmp_path / "x.png").exists()
 
 
 @pytest.mark.parametrize("name", NAMES)

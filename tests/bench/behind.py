@@ -21,6 +21,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from mpi4py import MPI
+from plots import Panel
 from train import SIZES, Words
 
 from harness.bench.rounds import Contender, Rounds, Seconds, Spread, run_rounds, spread
@@ -88,6 +89,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=20, help="of a turn, after one that does not count")
     parser.add_argument("--tokens", type=int, default=64, help="per rank and step")
     parser.add_argument("--directory", type=Path, default=Path("bench-behind"))
+    parser.add_argument("--panel", type=Path, help="a file for what is to be plotted (plots.py)")
     parser.add_argument("--quick", action="store_true", help="only whether it works")
     args = parser.parse_args()
     if args.quick:
@@ -115,6 +117,9 @@ def main() -> None:
                     assert np.array_equal(checkpoint.read(f"model/{name}"), parameter.detach().numpy()), name
     if comm.rank == 0:
         report(args, training, list(managers), rounds)
+        if args.panel is not None:
+            bars = {name: rounds.ratio(name, NONE) for name in (*managers, NONE)}
+            Panel(f"{args.model} parameters, {comm.size} ranks: step, x {NONE}", bars, list(managers)).save(args.panel)
         shutil.rmtree(args.directory)
 
 

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import psutil
+from plots import Panel, draw
 
 from harness.bench.rounds import Rounds, Spread
 from harness.units import show_size
@@ -154,41 +155,26 @@ def _reading(result: Result, rounds: Rounds, name: str) -> Iterator[tuple[str, s
 
 
 def plot(results: Sequence[Result], path: Path) -> bool:
-    """Bars: each contender's share of the limit, a panel per workload and number of ranks. False: no matplotlib."""
-    try:
-        import matplotlib
-
-        matplotlib.use("agg")
-        from matplotlib import pyplot
-    except ImportError:
-        return False
+    """Each contender's share of the limit, a panel per workload and number of ranks. False: no matplotlib."""
     columns = sorted({one["ranks"] for one in results})
     kinds = list(dict.fromkeys(one["workload"] for one in results))
-    figure, axes = pyplot.subplots(
-        len(kinds), len(columns), figsize=(6 * len(columns), 3 * len(kinds)), squeeze=False, layout="constrained"
-    )
-    for result in results:
-        axis = axes[kinds.index(result["workload"])][columns.index(result["ranks"])]
-        rounds = rounds_of(result)
-        found = {
-            name.removeprefix("save "): inverse(rounds.ratio(name, *limit(rounds, "write")))
-            for name in rounds.table[0]
-            if name.startswith("save ")
-        }
-        ordered = sorted(found, key=lambda one: found[one].median)
-        heights = [found[one].median for one in ordered]
-        errors = [
-            [max(0.0, found[one].median - found[one].least) for one in ordered],
-            [max(0.0, found[one].most - found[one].median) for one in ordered],
-        ]
-        colours = ["tab:blue" if one in OURS else "tab:gray" for one in ordered]
-        axis.barh([f"ours, {one}" if one in OURS else one for one in ordered], heights, xerr=errors, color=colours)
-        axis.axvline(1.0, color="black", linewidth=0.8)
-        axis.set_title(f"{result['workload']}, {result['ranks']} rank(s): share of the limit", fontsize=9)
-        axis.tick_params(labelsize=7)
-    figure.savefig(path, dpi=110)
-    pyplot.close(figure)
-    return True
+    panels = {(one["workload"], one["ranks"]): _shares(one) for one in results}
+    return draw([[panels.get((kind, ranks)) for ranks in columns] for kind in kinds], path)
+
+
+def _shares(result: Result) -> Panel:
+    rounds = rounds_of(result)
+    found = {
+        name.removeprefix("save "): inverse(rounds.ratio(name, *limit(rounds, "write")))
+        for name in rounds.table[0]
+        if name.startswith("save ")
+    }
+    bars = {
+        f"ours, {name}" if name in OURS else name: one
+        for name, one in sorted(found.items(), key=lambda each: each[1].median)
+    }
+    title = f"{result['workload']}, {result['ranks']} rank(s): share of the limit"
+    return Panel(title, bars, ours=[f"ours, {name}" for name in OURS])
 
 
 def table(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> str:

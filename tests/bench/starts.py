@@ -21,6 +21,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from plots import Panel
+
 from harness.bench.rounds import Contender, Seconds, run_rounds
 from harness.checkpoint.comm import Single
 
@@ -136,6 +138,7 @@ def main() -> None:
     parser.add_argument("--ranks", type=int, default=2)
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--checkpoints", type=int, default=1000)
+    parser.add_argument("--panel", type=Path, help="a file for what is to be plotted (plots.py)")
     parser.add_argument("--quick", action="store_true", help="once each, with 3 checkpoints: only whether it works")
     args = parser.parse_args()
     if args.quick:
@@ -159,6 +162,10 @@ def main() -> None:
     for one in contenders:
         print(f"| {one.name} | {rounds.seconds(one.name)} | {rounds.first(one.name):.2f} |")
     print(f"\n{RUN} takes {rounds.ratio(RUN, BY_HAND)} times what {BY_HAND} takes")
+    if args.panel is not None:
+        bars = {one.name.replace("`", ""): rounds.seconds(one.name) for one in reversed(contenders)}
+        ours = [name for name in bars if "harness" in name]
+        Panel(f"{args.ranks} ranks: seconds of a start", bars, ours, line=None).save(args.panel)
 
 
 if __name__ == "__main__":

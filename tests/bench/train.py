@@ -32,6 +32,7 @@ from typing import Any
 
 import torch
 from mpi4py import MPI
+from plots import Panel
 from torch import Tensor
 
 from harness.bench.rounds import Contender, Rounds, Seconds, run_rounds
@@ -292,6 +293,7 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, default=64, help="per rank and step")
     parser.add_argument("--bucket", type=float, nargs="+", default=[], help="MiB, besides the default")
     parser.add_argument("--without", nargs="*", default=[], help="contenders to leave out")
+    parser.add_argument("--panel", type=Path, help="a file for what is to be plotted (plots.py)")
     parser.add_argument("--quick", action="store_true", help="only whether it works")
     args = parser.parse_args()
     if args.quick:
@@ -323,6 +325,8 @@ def main() -> None:
     rounds = run_rounds(contenders, args.rounds, world.comm)
     if comm.rank == 0:
         report(args.model, made["harness"][0], list(made), rounds)
+        if args.panel is not None:
+            panel(args.model, list(made), rounds).save(args.panel)
     models = [model for name, (model, *_) in made.items() if name != "no communication"]
     for model in models[1:]:
         for a, b in zip(models[0].parameters(), model.parameters(), strict=True):
@@ -347,6 +351,15 @@ def report(name: str, model: torch.nn.Module, names: list[str], rounds: Rounds) 
         ratios = " | ".join(str(rounds.ratio(one, other)) for other in others)
         step, cpu = rounds.seconds(one).median * 1e3, rounds.seconds(f"{one}, CPU").median * 1e3
         print(f"| {one} | {step:.1f} ms | {ratios} | {share:.0%} | {cpu:.1f} ms |")
+
+
+def panel(name: str, names: list[str], rounds: Rounds) -> Panel:
+    """Steps beside those of DDP; beside the first contender's where that was left out."""
+    base = "DDP" if "DDP" in names else names[0]
+    bars = {one: rounds.ratio(one, base) for one in reversed(names)}
+    return Panel(
+        f"{name} parameters, {comm.size} ranks: step, x {base}", bars, [one for one in names if "harness" in one]
+    )
 
 
 if __name__ == "__main__":
