@@ -77,7 +77,9 @@ class Known:
         }
         single = {id(number.tensor) for some in numbers.values() for number in some}
         objects = _walk(state)
-        found = {id(part): part for part in objects if is_tensor(part) and id(part) not in single}
+        kinds = {type(part): part for part in objects}
+        of_tensors = {kind for kind, part in kinds.items() if is_tensor(part)}
+        found = {id(part): part for part in objects if type(part) in of_tensors and id(part) not in single}
         arrays = [tensor for tensor in found.values() if isinstance(tensor, np.ndarray)]
         tensors = [tensor for tensor in found.values() if not isinstance(tensor, np.ndarray)]
         if _unusual(tensors):

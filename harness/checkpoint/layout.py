@@ -22,6 +22,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from functools import cached_property
+from operator import attrgetter
 from typing import NamedTuple
 
 import numpy as np
@@ -113,7 +114,10 @@ def lay_out(leaves: Iterable[Leaf], *, head: int | None = None, block: int | Non
 
     `block`: bytes per digest block, a power of two and at least PAGE; None: by the size of the whole.
     """
-    ordered = sorted(leaves, key=_order)
+    alike: dict[tuple[bool, int, bool], list[Leaf]] = {}
+    for leaf in leaves:
+        alike.setdefault(_order(leaf), []).append(leaf)
+    ordered = [leaf for _, some in sorted(alike.items()) for leaf in sorted(some, key=attrgetter("name"))]
     sizes = np.fromiter((leaf.nbytes for leaf in ordered), np.int64, len(ordered))
     # Positions relative to data_start, which is a multiple of PAGE: small ones are packed, large ones aligned.
     small = int(np.searchsorted(sizes >= LARGE, True))
@@ -157,9 +161,10 @@ def estimate_head(leaves: Iterable[Leaf]) -> int:
     return -(-size // PAGE) * PAGE
 
 
-def _order(leaf: Leaf) -> tuple[bool, int, bool, str]:
+def _order(leaf: Leaf) -> tuple[bool, int, bool]:
+    """What comes before the name in the order of leaves."""
     large = leaf.nbytes >= LARGE
-    return large, 0 if large else -leaf.itemsize, leaf.placement != "rank0", leaf.name
+    return large, 0 if large else -leaf.itemsize, leaf.placement != "rank0"
 
 
 def _starts(sizes: Offsets) -> Offsets:
