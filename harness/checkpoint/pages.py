@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import errno
 import mmap
+import threading
 from collections.abc import Callable
 
 import numpy as np
@@ -14,6 +15,10 @@ from harness.checkpoint.tensors import Bytes
 
 REFUSED = (errno.EINVAL, errno.ENOTSUP, errno.ENOSYS)
 """What a file system answers that cannot do it."""
+
+
+_TOUCHED = 16 << 20
+"""Bytes that are touched at once."""
 
 
 def aligned(size: int) -> Bytes:
@@ -31,6 +36,36 @@ def aligned(size: int) -> Bytes:
     with contextlib.suppress(OSError):  # a kernel without them
         memory.madvise(mmap.MADV_HUGEPAGE)
     return np.frombuffer(memory, np.uint8)
+
+
+class Coming:
+    """New memory, which is zeros, on its way from the system: a thread touches it, from the beginning on.
+
+    On virtual machines that may take several times as long as what is then copied into it.
+    """
+
+    def __init__(self, memory: Bytes) -> None:
+        self._memory, self._come = memory, 0
+        self._changed = threading.Condition()
+        try:
+            threading.Thread(target=self._touch, name="checkpoint-memory", daemon=True).start()
+        except RuntimeError:  # the limit of threads: it comes as it is used
+            self._come = len(memory)
+
+    def wait(self, end: int) -> bool:
+        """Until the bytes before `end` are there: whether all are. Nobody may write to them before."""
+        if self._come < end:
+            with self._changed:
+                self._changed.wait_for(lambda: self._come >= end)
+        return self._come >= len(self._memory)
+
+    def _touch(self) -> None:
+        for at in range(0, len(self._memory), _TOUCHED):
+            part = self._memory[at : at + _TOUCHED]
+            part[:: mmap.PAGESIZE] = 0
+            with self._changed:
+                self._come = at + len(part)
+                self._changed.notify_all()
 
 
 def move_pages(call: Callable[[Bytes, int], int], data: Bytes, offset: int) -> tuple[int, bool]:

@@ -20,7 +20,7 @@ import numpy as np
 
 from harness.checkpoint.gpu import Gpu, copy_from_device
 from harness.checkpoint.layout import Layout
-from harness.checkpoint.pages import aligned
+from harness.checkpoint.pages import Coming, aligned
 from harness.checkpoint.plan import Plan
 from harness.checkpoint.tensors import Bytes
 from harness.errors import InternalError
@@ -86,11 +86,13 @@ class Staging:
         self._images: list[Image] = []
         self._ends: list[int] = []  # where each image ends in the memory
         self._gpu = Gpu()
+        self._coming: Coming | None = None
 
     def prepare(self, layout: Layout, plan: Plan) -> list[Image]:
         """Memory for the plan's blocks, in images of at most LARGE_IMAGE bytes, in file order; zeros between tensors.
 
-        What is not yet filled is undefined. Raises MemoryError.
+        What is not yet filled is undefined. New memory is got ready in a thread: work between this and `fill` goes on
+        beside that. Raises MemoryError.
         """
         self._gpu.mark()
         if layout is self._layout and plan == self._plan:
@@ -101,7 +103,7 @@ class Staging:
             lo, hi = layout.span(first, last)
             self._runs.append((lo, hi, needed))
             needed += -(-(hi - lo) // mmap.PAGESIZE) * mmap.PAGESIZE
-        self._reserve(needed)
+        new = self._reserve(needed)
         self._pieces, self._ends, self._known = [], [], []
         runs = iter(self._runs)
         lo = hi = at = 0
@@ -114,10 +116,12 @@ class Staging:
             done = first
             for piece in layout.pieces(begin, end):
                 start = first + piece.offset - begin
-                self._memory[done:start] = 0
+                if not new:
+                    self._memory[done:start] = 0
                 done = start + piece.hi - piece.lo
                 self._pieces.append((piece.leaf, piece.lo, piece.hi, start))
-            self._memory[done:last] = 0
+            if not new:
+                self._memory[done:last] = 0
         self._layout, self._plan = layout, plan
         return list(self._images)
 
@@ -164,6 +168,7 @@ class Staging:
         if index < 0 or end > self._runs[index][1]:
             raise InternalError(f"bytes {begin} to {end} of the file are not this rank's to write")
         lo, _, at = self._runs[index]
+        self._wait(at + end - lo)
         return self._memory[at + begin - lo : at + end - lo]
 
     def close(self) -> None:
@@ -177,22 +182,31 @@ class Staging:
             if reached is not None and self._ends[number] <= begin:
                 number = bisect.bisect_right(self._ends, begin)
                 reached(number)
+            self._wait(end)
             if isinstance(parts[0], np.ndarray):
                 np.concatenate(parts, out=self._memory[begin:end])
             else:
                 copy_from_device(parts, self._memory[begin:end])
+
+    def _wait(self, end: int) -> None:
+        """Until new memory is there up to this byte."""
+        if self._coming is not None and self._coming.wait(end):
+            self._coming = None
 
     def _prepared(self) -> Layout:
         if self._layout is None:
             raise InternalError("the staging memory was used before it was prepared")
         return self._layout
 
-    def _reserve(self, size: int) -> None:
-        """Memory of at least this size that begins at a page. It is taken from the system as it is touched."""
-        if len(self._memory) < size:
-            self._gpu.close()
-            self._memory = np.empty(0, np.uint8)  # first, so that old and new do not exist at once
-            self._memory = aligned(size)
+    def _reserve(self, size: int) -> bool:
+        """Memory of at least this size that begins at a page: whether it is new, and zeros."""
+        if len(self._memory) >= size:
+            return False
+        self._gpu.close()
+        self._memory = np.empty(0, np.uint8)  # first, so that old and new do not exist at once
+        self._memory = aligned(size)
+        self._coming = Coming(self._memory)
+        return True
 
 
 def _grouped(buffers: Sequence[Buffer], pieces: Iterable[_Piece]) -> Iterator[_Group]:

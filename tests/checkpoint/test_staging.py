@@ -103,6 +103,26 @@ def test_all_leaves_at_once_and_from_another_thread() -> None:
     check(layout, images, whole, 1 << 30)
 
 
+def test_new_memory_is_waited_for_where_it_is_used(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("harness.checkpoint.pages._TOUCHED", 4096)
+    layout = lay_out([Leaf(f"t{i}", "uint8", (70_000,)) for i in range(40)], block=4096)
+    buffers, whole = random_bytes(layout)
+    staging = Staging()
+    for threads in (True, False):
+        if not threads:
+            monkeypatch.setattr(threading.Thread, "start", refuse)
+        images = staging.prepare(layout, make_plan(layout, rank=0, size=1))
+        staging.view(layout.data_end - 4096, layout.data_end)[:] = 7
+        assert (images[-1].data[-4096:] == 7).all(), "nobody touches it any more"
+        staging.fill(buffers)
+        check(layout, images, whole, 1 << 30)
+        staging.close()
+
+
+def refuse(thread: threading.Thread) -> None:
+    raise RuntimeError("can't start new thread")
+
+
 def test_the_memory_is_kept_and_grows() -> None:
     staging = Staging()
     small, large = (lay_out([Leaf("t", "uint8", (n,))], block=4096) for n in (50_000, 500_000))
