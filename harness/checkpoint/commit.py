@@ -1,7 +1,7 @@
 """How a checkpoint comes into being: as a directory that nobody looks at, then by two renames. Rank 0 only.
 
-    begin    <name>.tmp-<uuid>/data.h5, its size and metadata
-    ...      all ranks write; they vote
+    begin    <name>.tmp-<uuid>/data.h5, with its size
+    ...      all ranks write, rank 0 also the metadata of HDF5 (put_head); they vote
     seal     digests, user block, the withheld superblock page; fsync
     publish  manifest.json: temporary file, fsync, rename, fsync of the directory;
              the directory's rename; fsync of its parent
@@ -37,19 +37,19 @@ def make_directories(path: Path) -> None:
         sync_directory(path.parent)
 
 
-def begin(temporary: Path, layout: Layout, head: bytes) -> None:
-    """Make the data file in the existing directory `temporary`: full size, HDF5 metadata, holes for the tensors.
-
-    Nothing can open it as HDF5 before `seal`. It becomes durable with what rank 0 writes into it: the others need not
-    wait for that.
-    """
+def begin(temporary: Path, layout: Layout) -> None:
+    """Make the data file in the existing directory `temporary`: full size, all of it a hole."""
     path = temporary / DATA
     descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o644)
     try:
         os.ftruncate(descriptor, layout.data_end)
     finally:
         os.close(descriptor)
-    with Output(path, "auto", layout.data_end) as output:
+
+
+def put_head(temporary: Path, layout: Layout, head: bytes) -> None:
+    """Write the HDF5 metadata. Nothing can open the file as HDF5 before `seal`, with which this becomes durable."""
+    with Output(temporary / DATA, "auto", layout.data_end) as output:
         for offset, data in pieces(head):
             output.write(data, offset)
 

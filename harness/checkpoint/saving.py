@@ -3,6 +3,7 @@
 main thread    collect the state -> vote -> copy this rank's slice of the file into reused memory
 saver thread                                write what is copied -> vote -> commit
 
+At the first save of a schema rank 0 makes HDF5's metadata in the main thread meanwhile: only the commit waits for it.
 Both votes have a deadline and name the ranks that did not come (`ballot`). Otherwise no rank waits for another one,
 but where the ranks must exchange something (replicas to compare, shards, mpio): then a third vote finds out before that
 all of them are there.
@@ -30,16 +31,15 @@ from harness.checkpoint.copies import compare_copies
 from harness.checkpoint.copying import Copying
 from harness.checkpoint.engines import Engine
 from harness.checkpoint.exchange import exchange
-from harness.checkpoint.file import fit_head
 from harness.checkpoint.holders import Holders, gather_holders, signature
 from harness.checkpoint.layout import Layout, lay_out
 from harness.checkpoint.lease import InUse, Lease
 from harness.checkpoint.manifest import Manifest, render
-from harness.checkpoint.plan import make_plan
+from harness.checkpoint.plan import Plan, make_plan
 from harness.checkpoint.policy import Keep
 from harness.checkpoint.replicas import Unequal, compare, found
 from harness.checkpoint.schema import schema_lines
-from harness.checkpoint.snapshot import Snapshot
+from harness.checkpoint.snapshot import Snapshot, no_collection
 from harness.checkpoint.staging import Staging
 from harness.checkpoint.state import State
 from harness.checkpoint.tensors import Buffer, Part
@@ -80,6 +80,7 @@ class Saver:
         self._collector = Collector(comm)
         self._ordered: tuple[object, object, list[Buffer]] = (None, None, [])
         self._form: Form | None = None
+        self._room = 0  # rank 0: bytes of the head, where it needs more than is estimated
         self._from_rank0: tuple[int, ...] = ()
         self._held: Holders | None = None
         self._holders: Holders | None = None  # the same, but unequal copies have one holder
@@ -97,18 +98,22 @@ class Saver:
             directory, comm, engine, keep, timeout, info, self.lines.put, opening, closing, self._hosts, self.good
         )
 
+    @no_collection()
     def start(self, step: int, state: State, metrics: Mapping[str, float] | None) -> Path | None:
         """Begin a save and return its path to be; `outcome` tells how it ended. None where one is under way already.
 
         Collective. Raises, on all ranks alike, SaveFailed where it cannot begin, InUse where another job saves here.
         """
         began = time.perf_counter()
+        busy = self._running is not None and not self._running.done()
         taken, error = attempt(lambda: self._collector.collect(step, state, metrics))
+        # Already here, where no rank waits for another. What fails is tried again, and told, where they do.
+        form = None if taken is None or busy else attempt(lambda: self._lay_out(taken, None))[0]
         message: Json = {
             "step": step,
-            "busy": self._running is not None and not self._running.done(),
+            "busy": busy,
             "schema": None if taken is None else taken.schema,
-            "ready": taken is not None and self._form is not None and self._form.schema == taken.schema,
+            "head": None if form is None else form.layout.head,
             "parts": "" if taken is None else signature(taken.snapshot.parts),
             "error": describe(error),
         }
@@ -130,6 +135,7 @@ class Saver:
             self._tell_difference(step, taken)
         order = self._make_order(step, taken, verdict, began)
         self._copy(order)
+        self._collector.remember(state, taken)
         return order.final
 
     def outcome(self, *, wait: bool) -> Outcome | None:
@@ -228,7 +234,8 @@ class Saver:
         if refused or plan is None:
             return answer | (refused or {}) | {"in use": isinstance(error, InUse)}
         exchanges = plan["compare"] or plan["gather"] or taken.snapshot.parts or not self._engine.background
-        return answer | plan | {"settle": bool(exchanges or not all(message["ready"] for message in said.values()))}
+        other = any(message["head"] != plan["head"] for message in said.values())
+        return answer | plan | {"settle": bool(exchanges or other)}
 
     def _open(self, step: int, taken: Taken, parts: list[str]) -> dict[str, Json]:
         """Rank 0: make sure that it can be written, and say where. Raises HarnessError, OSError.
@@ -237,19 +244,10 @@ class Saver:
         """
         self._claim()
         self._writer.lease = self._lease
-        form = self._form
-        if form is None or form.schema != taken.schema:
-            layout = lay_out(taken.snapshot.leaves)
-            space.preflight(self._directory, layout.data_end, _FILES)
-            scratch = self._directory / f"step-{step:08d}{commit.TEMPORARY}{uuid.uuid4().hex}"
-            scratch.mkdir()
-            try:
-                self._form = form = Form(taken.schema, *fit_head(layout, taken.snapshot.aliases, scratch / "head.h5"))
-            finally:
-                commit.abandon(scratch)
-            self._from_rank0, self._parts = (), []
-        else:
-            space.preflight(self._directory, form.layout.data_end, _FILES)
+        layout = self._lay_out(taken, None).layout
+        if layout.head < self._room:
+            layout = self._lay_out(taken, self._room).layout
+        space.preflight(self._directory, layout.data_end, _FILES)
         self._asked = parts
         self._numbers += 1
         identity, saved = uuid.uuid4().hex, self._writer.saved
@@ -257,7 +255,7 @@ class Saver:
             "number": self._numbers,
             "uuid": identity,
             "name": f"{store.new_name(self._directory, step)}{commit.TEMPORARY}{identity}",
-            "head": form.layout.head,
+            "head": layout.head,
             "gather": bool(taken.snapshot.parts) and parts != self._parts,
             "compare": self._comm.size > 1 and self._check_replicas > 0 and saved % self._check_replicas == 0,
         }
@@ -276,12 +274,13 @@ class Saver:
             told = f"the checkpoint of step {step} was not saved: {settled['failed']}"
             raise SaveFailed(told, hint=settled["hint"]) from error
 
-    def _lay_out(self, taken: Taken, head: int) -> Form:
-        """The form of this state, as rank 0 has found it."""
-        if self._form is None or self._form.schema != taken.schema:
-            self._from_rank0 = ()
-            self._form = Form(taken.schema, lay_out(taken.snapshot.leaves, head=head), b"")
-        return self._form
+    def _lay_out(self, taken: Taken, head: int | None) -> Form:
+        """The form of this state. `head`: as rank 0 has it, None: as it is estimated."""
+        form = self._form
+        if form is None or form.failed or form.schema != taken.schema or head not in (None, form.layout.head):
+            self._form = form = Form(taken.schema, lay_out(taken.snapshot.leaves, head=head))
+            self._from_rank0, self._parts = (), []
+        return form
 
     def _tell_difference(self, step: int, taken: Taken) -> None:
         """Raise SaveFailed with the first tensors in which ranks differ. Collective."""
@@ -300,6 +299,7 @@ class Saver:
         """Where rank 0 asks for it, compare the replicas. Collective then."""
         form = self._lay_out(taken, verdict["head"])
         if verdict["compare"]:
+            attempt(lambda: self._staging.prepare(form.layout, self._plan(form.layout)))  # the memory comes meanwhile
             buffers = [taken.snapshot.buffers[leaf.name] for leaf in form.layout.leaves]
             unequal = compare(form.layout, buffers, self._comm, step)
             self._from_rank0 = unequal.leaves
@@ -336,6 +336,13 @@ class Saver:
             raise SaveFailed(f"the checkpoint of step {step} was not saved: {told}")
         self.lines.put(f"warning: {told}; the copy of {first} is saved")
 
+    def _plan(self, layout: Layout) -> Plan:
+        """The blocks that this rank writes."""
+        holders = self._holders if layout.parted else None
+        return make_plan(
+            layout, rank=self._comm.rank, size=self._comm.size, from_rank0=self._from_rank0, holders=holders
+        )
+
     def _in_order(self, layout: Layout, snapshot: Snapshot) -> list[Buffer]:
         """The buffers in the order of the layout; the same list for the same ones, so that `Staging` knows them."""
         known, of, found = self._ordered
@@ -349,19 +356,24 @@ class Saver:
         layout, snapshot = order.form.layout, order.taken.snapshot
         buffers = self._in_order(layout, snapshot)
         late = [i for i, leaf in enumerate(layout.leaves) if leaf.name in snapshot.late] if self._lazy else []
-        holders = self._holders if layout.parted else None
-        plan = make_plan(
-            layout, rank=self._comm.rank, size=self._comm.size, from_rank0=self._from_rank0, holders=holders
-        )
+        holders, plan = self._holders if layout.parted else None, self._plan(layout)
         images, error = attempt(lambda: self._staging.prepare(layout, plan))
         copying = Copying(images or [], error)
         if self._engine.background:
             self._running = self._thread.submit(self._writer.run, order, copying)
+        now = sorted(set(range(len(buffers))) - set(late) - layout.parted) if late else None
+
+        def copy_now() -> None:
+            with copying.failing():
+                copying.check()
+                self._staging.fill(buffers, now, None if late or holders else copying.reach)
+
         with copying.failing():
-            now = sorted(set(range(len(buffers))) - set(late) - layout.parted) if late else None
-            if error is None:
-                with copying.failing():
-                    self._staging.fill(buffers, now, None if late or holders else copying.reach)
+            filling = self._thread.submit(copy_now)
+            if self._comm.rank == 0 and not order.form.head.done():
+                scratch = order.temporary.with_name(f"{order.temporary.name}-head")
+                self._room = order.form.make_head(snapshot.aliases, scratch)
+            filling.result()
             if holders is not None:
                 # Also where this rank could not copy: the others wait for its parts.
                 exchange(layout, plan, holders, _parts(layout, snapshot), self._comm, self._staging.view)

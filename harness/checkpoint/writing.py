@@ -1,6 +1,7 @@
 """The part of a save that runs behind training: make the file, write this rank's slice, vote, commit, prune.
 
-    rank 0 makes the file -> all write their slices -> vote with a deadline -> rank 0 commits -> all learn of it
+    rank 0 makes the file -> all write their slices, rank 0 also HDF5's metadata -> vote with a deadline
+    -> rank 0 commits -> all learn of it
 
 Runs in a thread of its own on every rank, beside the copying of the slice, or on the main thread with an engine that
 needs it (mpio). It raises nothing: how it ended is an `Outcome`, the same on all ranks.
@@ -11,7 +12,8 @@ from __future__ import annotations
 import base64
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from concurrent.futures import Future
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -26,9 +28,10 @@ from harness.checkpoint.comm import Comm, Json
 from harness.checkpoint.copying import Copying
 from harness.checkpoint.digest import root
 from harness.checkpoint.engines import Engine
+from harness.checkpoint.file import fit_head
 from harness.checkpoint.layout import Layout
 from harness.checkpoint.lease import Lease
-from harness.checkpoint.manifest import Manifest, render
+from harness.checkpoint.manifest import Manifest, prepare, render
 from harness.checkpoint.policy import Keep
 from harness.checkpoint.snapshot import Snapshot
 from harness.errors import HarnessError, StorageError
@@ -47,11 +50,39 @@ class Taken:
 
 @dataclass(frozen=True, eq=False)
 class Form:
-    """The shape of the file for one schema; `head`, the HDF5 metadata, on rank 0 only."""
+    """The shape of the file for one schema."""
 
     schema: str
     layout: Layout
-    head: bytes
+    head: Future[bytes] = field(default_factory=Future)
+    """Rank 0: the HDF5 metadata, which are made while the first save of this form is written."""
+
+    @property
+    def failed(self) -> bool:
+        """Whether there cannot be a `head`."""
+        return self.head.done() and self.head.exception() is not None
+
+    def make_head(self, aliases: dict[str, str], scratch: Path) -> int:
+        """Make `head`; what fails is in it, and ends the save. Returns how many bytes of a file are needed for it.
+
+        `scratch`: a directory that is made and removed. Uses HDF5: in the main thread only.
+        """
+        needed = 0
+        try:
+            scratch.mkdir()
+            layout, head = fit_head(self.layout, aliases, scratch / "head.h5")
+            needed = layout.head
+            if layout is not self.layout:
+                raise StorageError("HDF5 needs more room in the file than it has", hint="the next save leaves it more")
+            prepare(layout, aliases)
+            self.head.set_result(head)
+        except BaseException as error:
+            self.head.set_exception(error)
+            if not isinstance(error, Exception):
+                raise
+        finally:
+            commit.abandon(scratch)
+        return needed
 
 
 @dataclass(frozen=True, eq=False)
@@ -117,6 +148,9 @@ class Writer:
                 if self._open(data, order.form.layout.data_end):
                     when = "while it wrote its part"
                     digests = self.engine.write(data, order.form.layout, copying, self.comm)
+                if self.comm.rank == 0:
+                    when = "when it made HDF5's metadata"
+                    commit.put_head(order.temporary, order.form.layout, order.form.head.result(self.timeout))
         except Exception as problem:
             error = problem
         copying.wait()
@@ -146,7 +180,7 @@ class Writer:
         made = False
         try:
             order.temporary.mkdir()
-            commit.begin(order.temporary, order.form.layout, order.form.head)
+            commit.begin(order.temporary, order.form.layout)
             made = True
         finally:
             self.opening.tell(order.number, made)
@@ -173,7 +207,7 @@ class Writer:
         return {"failed": None, "hint": None}
 
     def _publish(self, order: Order, said: Mapping[int, Any]) -> None:
-        form, taken = order.form, order.taken
+        form, taken, head = order.form, order.taken, order.form.head.result()
         table = np.zeros(form.layout.blocks, np.uint64)
         for message in said.values():
             blocks, digests = _unpack(message["digests"])
@@ -185,14 +219,14 @@ class Writer:
             world=self.comm.size,
             layout=form.layout,
             table=root(table),
-            head=xxhash.xxh3_128_hexdigest(form.head),
+            head=xxhash.xxh3_128_hexdigest(head),
             aliases=taken.snapshot.aliases,
             state=taken.record(),
             metrics=taken.metrics,
             info={"engine": self.engine.name, "tensors": len(form.layout.leaves), **self.info},
         )
         text = render(manifest)
-        commit.seal(order.temporary, form.layout, form.head, table, order.identity, order.step)
+        commit.seal(order.temporary, form.layout, head, table, order.identity, order.step)
         if self.lease is not None and not self.lease.still_mine():
             raise StorageError(
                 f"it cannot be read who may save into {self.directory}, or another job has taken that over",

@@ -80,7 +80,8 @@ class Sample:
         """A new file to write to."""
         path = directory / commit.DATA
         path.unlink(missing_ok=True)
-        commit.begin(directory, self.layout, build_head(self.layout, {}, directory / "scratch"))
+        commit.begin(directory, self.layout)
+        commit.put_head(directory, self.layout, build_head(self.layout, {}, directory / "scratch"))
         return path
 
     def check(self, path: Path, digests: dict[int, int]) -> None:

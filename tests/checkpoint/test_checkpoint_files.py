@@ -20,7 +20,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from samples import Net, bits, manager, train
 
-from harness.checkpoint import Damaged, State, latest, open_checkpoint
+from harness.checkpoint import Damaged, SaveFailed, State, latest, open_checkpoint
 from harness.checkpoint.file import build_head, fit_head
 from harness.checkpoint.layout import USER_BLOCK, lay_out
 from harness.checkpoint.manifest import MAX_TEXT, parse, render
@@ -204,6 +204,20 @@ def test_more_room_is_taken_where_the_metadata_needs_it(tmp_path: Path) -> None:
     tight = lay_out(leaves, head=8192)
     layout, head = fit_head(tight, {}, tmp_path / "scratch.h5")
     assert layout.head > tight.head and len(head) == layout.head - USER_BLOCK
+
+
+def test_a_save_whose_metadata_need_more_room_fails_and_the_next_one_has_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("harness.checkpoint.layout.estimate_head", lambda leaves: 2 * USER_BLOCK)
+    tensors = {f"t{index}": torch.full((index,), float(index)) for index in range(300)}
+    writer = manager(tmp_path)
+    with pytest.raises(SaveFailed, match="HDF5's metadata: HDF5 needs more room"):
+        writer.save(1, State(tensors=tensors), wait=True)
+    assert not list(tmp_path.glob("step-*"))
+    path = writer.save(2, State(tensors=tensors), wait=True)
+    with h5py.File(path / "data.h5") as file:
+        assert all(np.array_equal(file[f"tensors/{name}"], tensor) for name, tensor in tensors.items())
 
 
 def test_rows_and_names(tmp_path: Path) -> None:

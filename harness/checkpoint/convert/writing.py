@@ -52,7 +52,8 @@ def write_checkpoint(
         temporary.mkdir()
         try:
             layout, head = fit_head(layout, aliases, temporary / "scratch.h5")
-            commit.begin(temporary, layout, head)
+            commit.begin(temporary, layout)
+            commit.put_head(temporary, layout, head)
             table = _fill(temporary / commit.DATA, layout, {tensor.name: tensor for tensor in tensors})
             manifest = Manifest(
                 uuid=identity,
