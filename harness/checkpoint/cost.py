@@ -3,7 +3,7 @@
 For the direct engine and replicated tensors, after the first save of a schema, with one older checkpoint that goes.
 
 Rank 0, besides its part of the data, whatever the number of ranks and tensors: it makes the folder and the data file
-(`commit.begin`), seals the file, writes the manifest (`commit.seal`, `publish`), looks whether the lease is still its
+(`commit.begin`, `put_head`), seals it, writes the manifest (`seal`, `publish`), looks whether the lease is still its
 own, and removes what goes. Every other rank opens the data file, writes, and syncs it.
 
 Messages are those of three votes (`ballot`): each rank asks for the save and is answered; rank 0 tells that the file is
