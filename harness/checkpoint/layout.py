@@ -22,6 +22,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import chain
 from operator import attrgetter
 from typing import NamedTuple
 
@@ -109,10 +110,13 @@ class Layout:
         return touched
 
 
-def lay_out(leaves: Iterable[Leaf], *, head: int | None = None, block: int | None = None) -> Layout:
+def lay_out(
+    leaves: Iterable[Leaf], *, links: Iterable[str] = (), head: int | None = None, block: int | None = None
+) -> Layout:
     """The layout of version 1. `head`: least bytes before the digests (user block and metadata), None: estimated.
 
-    `block`: bytes per digest block, a power of two and at least PAGE; None: by the size of the whole.
+    `links`: second names of leaves. `block`: bytes per digest block, a power of two and at least PAGE; None: by the
+    size of the whole.
     """
     alike: dict[tuple[bool, int, bool], list[Leaf]] = {}
     for leaf in leaves:
@@ -133,7 +137,7 @@ def lay_out(leaves: Iterable[Leaf], *, head: int | None = None, block: int | Non
     unit = block_for(total) if block is None else block
     table = -(-max(1, -(-total // unit)) * 8 // PAGE) * PAGE
     # data_start is a multiple of the block, so that blocks, hence ranks, meet on page and stripe boundaries.
-    least = estimate_head(ordered) if head is None else head
+    least = estimate_head(ordered, links) if head is None else head
     data_start = -(-(least + table) // unit) * unit
     return Layout(
         tuple(ordered), starts + data_start, ends + data_start, data_start - table, data_start, data_start + total, unit
@@ -145,16 +149,16 @@ def block_for(total: int) -> int:
     return min(MAX_BLOCK, max(PAGE, 1 << max(0, (total // BLOCKS_WANTED).bit_length() - 1)))
 
 
-def estimate_head(leaves: Iterable[Leaf]) -> int:
+def estimate_head(leaves: Iterable[Leaf], links: Iterable[str] = ()) -> int:
     """Bytes of user block and HDF5 metadata, two to three times what HDF5 1.10 to 2.0 take.
 
     What is not needed stays a hole in the file; where it should not be enough, `file.fit_head` takes more.
     """
     size = USER_BLOCK + 16384
     folders: set[str] = set()
-    for leaf in leaves:
-        size += 640 + 3 * len(leaf.name)
-        parent = leaf.name
+    for name, room in chain(((leaf.name, 640) for leaf in leaves), ((name, 80) for name in links)):
+        size += room + 3 * len(name)
+        parent = name
         while (cut := parent.rfind("/")) > 0 and (parent := parent[:cut]) not in folders:
             folders.add(parent)
             size += 768 + 3 * len(parent)

@@ -276,9 +276,9 @@ class Saver:
 
     def _lay_out(self, taken: Taken, head: int | None) -> Form:
         """The form of this state. `head`: as rank 0 has it, None: as it is estimated."""
-        form = self._form
+        form, found = self._form, taken.snapshot
         if form is None or form.failed or form.schema != taken.schema or head not in (None, form.layout.head):
-            self._form = form = Form(taken.schema, lay_out(taken.snapshot.leaves, head=head))
+            self._form = form = Form(taken.schema, lay_out(found.leaves, links=found.aliases, head=head))
             self._from_rank0, self._parts = (), []
         return form
 

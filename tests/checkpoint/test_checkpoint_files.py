@@ -209,7 +209,7 @@ def test_more_room_is_taken_where_the_metadata_needs_it(tmp_path: Path) -> None:
 def test_a_save_whose_metadata_need_more_room_fails_and_the_next_one_has_it(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("harness.checkpoint.layout.estimate_head", lambda leaves: 2 * USER_BLOCK)
+    monkeypatch.setattr("harness.checkpoint.layout.estimate_head", lambda leaves, links: 2 * USER_BLOCK)
     tensors = {f"t{index}": torch.full((index,), float(index)) for index in range(300)}
     writer = manager(tmp_path)
     with pytest.raises(SaveFailed, match="HDF5's metadata: HDF5 needs more room"):
@@ -218,6 +218,14 @@ def test_a_save_whose_metadata_need_more_room_fails_and_the_next_one_has_it(
     path = writer.save(2, State(tensors=tensors), wait=True)
     with h5py.File(path / "data.h5") as file:
         assert all(np.array_equal(file[f"tensors/{name}"], tensor) for name, tensor in tensors.items())
+
+
+def test_many_second_names_have_room_at_the_first_save(tmp_path: Path) -> None:
+    layers = [torch.nn.Linear(3, 1, bias=False) for _ in range(1000)]
+    for layer in layers:
+        layer.weight = layers[0].weight
+    path = manager(tmp_path).save(1, State(model=torch.nn.Sequential(*layers)), wait=True)
+    assert len(check(path).aliases) == 999
 
 
 def test_rows_and_names(tmp_path: Path) -> None:

@@ -43,7 +43,7 @@ def write_checkpoint(
     """
     leaves = [Leaf(tensor.name, tensor.dtype, tensor.shape) for tensor in tensors]
     check_schema([*leaves, *(Leaf(name, "bool", ()) for name in aliases)])
-    layout = lay_out(leaves)
+    layout = lay_out(leaves, links=aliases)
     lease = Lease.acquire(directory)
     try:
         preflight(directory, layout.data_end)
