@@ -369,11 +369,12 @@ class Saver:
                 self._staging.fill(buffers, now, None if late or holders else copying.reach)
 
         with copying.failing():
-            filling = self._thread.submit(copy_now)
-            if self._comm.rank == 0 and not order.form.head.done():
-                scratch = order.temporary.with_name(f"{order.temporary.name}-head")
-                self._room = order.form.make_head(snapshot.aliases, scratch)
-            filling.result()
+            if self._comm.rank or order.form.head.done():
+                copy_now()
+            else:  # HDF5 is for the main thread
+                filling = self._thread.submit(copy_now)
+                self._room = order.form.make_head(snapshot.aliases, Path(f"{order.temporary}-head"))
+                filling.result()
             if holders is not None:
                 # Also where this rank could not copy: the others wait for its parts.
                 exchange(layout, plan, holders, _parts(layout, snapshot), self._comm, self._staging.view)
