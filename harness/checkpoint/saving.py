@@ -375,8 +375,7 @@ class Saver:
                 filling = self._thread.submit(copy_now)
                 self._room = order.form.make_head(snapshot.aliases, Path(f"{order.temporary}-head"))
                 filling.result()
-            if holders is not None:
-                # Also where this rank could not copy: the others wait for its parts.
+            if holders is not None:  # also where this rank could not copy: the others wait for its parts
                 exchange(layout, plan, holders, _parts(layout, snapshot), self._comm, self._staging.view)
         copying.waited = time.perf_counter() - order.began
 
