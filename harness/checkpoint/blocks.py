@@ -6,9 +6,9 @@
     blocks.close()
 
 While one thread waits for the disk, another one checks digests, and the caller deals with what has come: none of these
-holds Python's lock. On two cores and 2 ranks, a restore around the page cache took 0.82 as many bytes in a second as plain
-reads do, with segments of 4 MiB, 3 threads and 6 segments in memory; 0.78 with 8 MiB, 2 and 3. On 4 ranks 0.49 and 0.43.
-From the page cache 32 MiB take 1.3 to 1.5 times as long as 8.
+holds Python's lock. On two cores and 2 ranks, a restore around the page cache had 0.82 of the speed of plain reads with
+segments of 4 MiB, 3 threads and 6 segments in memory; 0.78 with 8 MiB, 2 and 3. On 4 ranks 0.49 and 0.43. From the page
+cache 32 MiB take 1.3 to 1.5 times as long as 8.
 """
 
 from __future__ import annotations
