@@ -135,7 +135,7 @@ class Saver:
             self._tell_difference(step, taken)
         order = self._make_order(step, taken, verdict, began)
         self._copy(order)
-        self._collector.remember(state, taken)
+        attempt(lambda: self._collector.remember(state, taken))  # else the next save looks at everything anew
         return order.final
 
     def outcome(self, *, wait: bool) -> Outcome | None:

@@ -253,3 +253,20 @@ def test_saves_of_a_loop_use_it_and_hold_the_values_of_their_time(
             assert steps == {"$scalar": ["torch", "float32", float(step + 1)]}
     with open_checkpoint(tmp_path / "step-00000004") as checkpoint:
         assert np.array_equal(checkpoint.read("model/0.bias"), np.full(8, 7, np.float32))
+
+
+def test_a_state_that_cannot_be_remembered_is_saved_all_the_same(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def broken(state: State, snapshot: Snapshot) -> Known:
+        raise RuntimeError("not this one")
+
+    monkeypatch.setattr(Known, "of", broken)
+    work = Work()
+    manager = Manager(tmp_path, Single(), log=lambda line: None)
+    for step in (1, 2):
+        work.train()
+        path = manager.save(step, work.state(), wait=True)
+        with open_checkpoint(path) as checkpoint:
+            np.testing.assert_array_equal(checkpoint.read("model/0.weight"), work.model[0].weight.detach())
+    manager.close()
