@@ -80,7 +80,8 @@ def save(directory: Path, engine: Engine) -> tuple[Path, list[np.ndarray], list[
     marks = borders(layout)
     for number, (leaf, at) in enumerate(marks):
         arrays[leaf][at : at + 8] = np.arange(8, dtype=np.uint8) + number + 1
-    commit.begin(temporary, layout, head)
+    commit.begin(temporary, layout)
+    commit.put_head(temporary, layout, head)
     table = np.full(layout.blocks, digest(bytes(layout.block)), np.uint64)
     buffers, staging = [Buffer(array) for array in arrays], Staging()
     for rank in sorted({owner(layout, int(layout.starts[leaf]) + at + side) for leaf, at in marks for side in (0, 7)}):
