@@ -315,7 +315,9 @@ def test_what_becomes_of_an_elastic_run_without_a_rank_is_not_for_us_to_decide(t
     attempt.error(1).write_text('{"type": "ValueError", "rank": 1}')
     rank = subprocess.Popen(["sleep", "600"], env=os.environ | {"HARNESS_RUN_ID": "a-run"})
     try:
-        while rank.pid not in processes.ranks(["sleep"], "a-run"):  # for a moment it has neither arguments nor variables
+        while rank.pid not in processes.ranks(
+            ["sleep"], "a-run"
+        ):  # for a moment it has neither arguments nor variables
             time.sleep(0.01)
         plain, elastic = (Watch(run, attempt, ["sleep"], "a-run", Watchdog(), elastic=one) for one in (False, True))
         for watch in (plain, elastic):
