@@ -1,7 +1,9 @@
 """The first thing of each save: the state as leaves and JSON, faster where only values have changed (`known`).
 
-taken = collector.collect(step, state, metrics)     # at the beginning of a save
-collector.remember(state, taken)                    # at its end, before anything can have changed
+    taken = collector.collect(step, state, metrics)     # at the beginning of a save
+    collector.remember(state, taken)                    # at its end, before anything can have changed
+
+What `collect` returns refers to the tensors; `staging` copies them.
 """
 
 from __future__ import annotations

@@ -425,13 +425,16 @@ def test_ten_thousand_ranks_and_a_hundred_thousand_tensors() -> None:
     leaves = sample_leaves(100_000)
     found = forecast(leaves, ranks=10_000, rank=17)
     assert found.memory < 100e6, found
-    # In processor time, and far from the second that it may take: other programs may keep this machine busy.
-    began = time.thread_time()
-    layout = forecast_module._plan(forecast_module._fresh(leaves), 10_000, 17)
-    cold = time.thread_time() - began
-    make_plan(layout, rank=18, size=10_000)
-    warm = time.thread_time() - began - cold
-    assert cold < 4.0 and warm < 0.2, f"{cold:.3f} s cold, {warm:.3f} s warm"
+    # In processor time, the least of three: other programs may keep this machine busy.
+    colds, warms = [], []
+    for _ in range(3):
+        began = time.thread_time()
+        layout = forecast_module._plan(forecast_module._fresh(leaves), 10_000, 17)
+        colds.append(time.thread_time() - began)
+        began = time.thread_time()
+        make_plan(layout, rank=18, size=10_000)
+        warms.append(time.thread_time() - began)
+    assert min(colds) < 1.0 and min(warms) < 0.05, f"{colds} s cold, {warms} s warm"
     assert found.looked_at == 64 and found.most - found.least <= found.block
 
 
