@@ -300,7 +300,7 @@ class Saver:
         form = self._lay_out(taken, verdict["head"])
         if verdict["compare"]:
             attempt(lambda: self._staging.prepare(form.layout, self._plan(form.layout)))  # the memory comes meanwhile
-            buffers = [taken.snapshot.buffers[leaf.name] for leaf in form.layout.leaves]
+            buffers = self._in_order(form.layout, taken.snapshot)
             unequal = compare(form.layout, buffers, self._comm, step)
             self._from_rank0 = unequal.leaves
             self._tell_unequal(step, form.layout, unequal, "rank 0")
