@@ -14,7 +14,7 @@ there; each rank hands in its digests, 16 bytes per block as base64, and learns 
 >>> from harness.checkpoint.schema import Leaf
 >>> layout = lay_out([Leaf("w", "float32", (1 << 28,))])
 >>> count(layout, rank=1, size=4)
-Operations(opens=2, writes=8, syncs=1, names=0, listings=0, sent=2, received=3, message_bytes=1665, bytes=268435456)
+Operations(opens=2, writes=13, syncs=1, names=0, listings=0, sent=2, received=3, message_bytes=1665, bytes=268435456)
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from harness.checkpoint.engines.output import LARGE_PART
 from harness.checkpoint.file import HEAD_PIECE
 from harness.checkpoint.layout import PAGE, USER_BLOCK, Layout
 from harness.checkpoint.plan import make_plan
-from harness.checkpoint.staging import image_size
+from harness.checkpoint.staging import image_sizes
 
 ASKING, ANSWERING = 300, 400
 """Bytes that another rank sends in a save, without digests, and that rank 0 sends to each of them, at the most."""
@@ -74,7 +74,7 @@ def count(layout: Layout, *, rank: int, size: int, odirect: bool = True) -> Oper
     own = sum(hi - lo for lo, hi in runs)
     around = odirect and own >= LARGE_PART
     writes = 0
-    for _, lo, hi in plan.ranges(layout, image_size(sum(-(-(hi - lo) // PAGE) * PAGE for lo, hi in runs))):
+    for _, lo, hi in plan.ranges(layout, image_sizes(sum(-(-(hi - lo) // PAGE) * PAGE for lo, hi in runs))):
         unaligned_end = around and (hi - lo) % PAGE > 0 and hi - lo > PAGE
         writes += 2 if unaligned_end else 1
     opens = 2 if around else 1

@@ -7,7 +7,7 @@ See `restoring` for sinks, `cached` for who reads what, `blocks` for reading.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,16 +15,19 @@ import numpy as np
 import numpy.typing as npt
 
 from harness.checkpoint.blocks import SEGMENT, Blocks, Found, Segment, cut
-from harness.checkpoint.cached import Read, each_reads
+from harness.checkpoint.cached import Read, each_reads, one_node
 from harness.checkpoint.comm import Comm
 from harness.checkpoint.commit import DATA
 from harness.checkpoint.input import Input
+from harness.checkpoint.layout import Layout
 from harness.checkpoint.manifest import Manifest
 from harness.checkpoint.store import Damaged
-from harness.checkpoint.tensors import Bytes
+from harness.checkpoint.tensors import Buffer, Bytes, Part
 from harness.checkpoint.wanted import Mask, Sink, Wanted, gather_wanted, wanted_blocks, wanted_ranges
 from harness.errors import InternalError
 
+PARCEL = 512 << 10
+"""Bytes that are sent for themselves, as copying them once more would take longer than a message."""
 _NAMED = 20
 _TAG = 4118
 
@@ -43,8 +46,9 @@ def load(
     try:
         if not each_reads(read, reading.source, manifest.layout, comm):
             wanted = gather_wanted(manifest.layout, reading.ranges, comm)
-            _give_all(reading, wanted.by_most, comm.mpi)
-            _give_some(reading, wanted, comm.mpi)
+            near = one_node(comm.mpi)
+            _give_all(reading, wanted.by_most & (not near), comm.mpi)
+            _give_some(reading, wanted, wanted.by_some | (wanted.by_most & near), comm.mpi)
         for found in reading.fetch(_segments(reading.wanted, manifest.layout.block, 1)):
             if reading.good:
                 reading.deliver(reading.layout.block_range(found.first)[0], found.data)
@@ -79,37 +83,59 @@ def _read_together(reading: _Reading, blocks: Mask, mpi: Any) -> Iterator[tuple[
 
 
 def _give_all(reading: _Reading, blocks: Mask, mpi: Any) -> None:
-    """Read these blocks, which then go to all ranks."""
+    """Read these blocks, which then go to all ranks: over a network MPI knows the best way."""
     for found, segments in _read_together(reading, blocks, mpi):
         for owner, segment in enumerate(segments):
-            lo, hi = reading.layout.span(*segment)
-            data = found.data if found is not None and owner == mpi.Get_rank() else reading.room(hi - lo)
-            mpi.Bcast(data, root=owner)
-            reading.deliver(lo, data)
+            base, end = reading.layout.span(*segment)
+            if found is None or owner != mpi.Get_rank():
+                reading.take(base, end, lambda data: mpi.Bcast(data, root=owner))  # noqa: B023
+                continue
+            for lo, hi in _parcels(reading.layout, base, end):
+                mpi.Bcast(found.data[lo - base : hi - base], root=owner)
+            reading.deliver(base, found.data)
 
 
-def _give_some(reading: _Reading, wanted: Wanted, mpi: Any) -> None:
-    """Read the blocks that go to some ranks: to each what it wants of a segment, in one message.
+def _give_some(reading: _Reading, wanted: Wanted, blocks: Mask, mpi: Any) -> None:
+    """Read these blocks, of which each rank is sent what it wants. On one node that is the fastest for all ranks, too.
 
     All send before they wait for what they receive, which they take in another order each, not all from the same rank.
+    On one node two ranks took 0.9 of the time of broadcasts, and four 0.6: all of them copy at the same time.
     """
     size, rank = mpi.Get_size(), mpi.Get_rank()
-    for found, segments in _read_together(reading, wanted.by_some, mpi):
+    for found, segments in _read_together(reading, blocks, mpi):
         sent = []
         if found is not None:
             base, end = reading.layout.span(found.first, found.last)
-            for to, (lo, hi) in wanted.of(base, end).items():
-                if to != rank:
+            wants = wanted.of(base, end)
+            for to in ((rank + step) % size for step in range(1, size)):
+                for lo, hi in _parcels(reading.layout, *wants.get(to, (base, base))):
                     sent.append(mpi.Isend(found.data[lo - base : hi - base], dest=to, tag=_TAG))
             reading.deliver(base, found.data)
         for owner in ((rank - step) % size for step in range(1, size)):
             if owner < len(segments) and reading.wanted[slice(*segments[owner])].any():
                 lo, hi = wanted.of(*reading.layout.span(*segments[owner]))[rank]
-                data = reading.room(hi - lo)
-                mpi.Irecv(data, source=owner, tag=_TAG).Wait()
-                reading.deliver(lo, data)
+                reading.take(lo, hi, lambda data: mpi.Irecv(data, source=owner, tag=_TAG).Wait())  # noqa: B023
         for request in sent:
             request.Wait()
+
+
+def _parcels(layout: Layout, lo: int, hi: int) -> Iterator[tuple[int, int]]:
+    """File bytes [lo, hi) as they are sent: of a leaf PARCEL bytes and more for themselves, other neighbours together.
+
+    Nothing is sent of what lies between large ones.
+    """
+    begin = end = lo
+    for piece in layout.pieces(lo, hi):
+        size = piece.hi - piece.lo
+        if size >= PARCEL:
+            if end > begin:
+                yield begin, end
+            yield piece.offset, piece.offset + size
+            begin = end = piece.offset + size
+        else:
+            begin, end = piece.offset if end == begin else begin, piece.offset + size
+    if end > begin:
+        yield begin, end
 
 
 class _Reading:
@@ -155,24 +181,49 @@ class _Reading:
         except Exception as error:
             self._failed = self._failed or f"{type(error).__name__}: {error}"
 
-    def room(self, size: int) -> Bytes:
+    def take(self, lo: int, hi: int, receive: Callable[[Bytes], object]) -> None:
+        """The file's bytes [lo, hi) from another rank, all that is wanted of their blocks: `receive` fills each parcel.
+
+        One that is a part of a single tensor comes straight into its memory.
+        """
+        for begin, end in _parcels(self.layout, lo, hi):
+            place = self._place(begin, end)
+            data = self._room(end - begin) if place is None else place
+            receive(data)
+            if place is None:
+                self._hand_on(begin, data)
+        self._have(lo, hi)
+
+    def deliver(self, lo: int, data: Bytes) -> None:
+        """Hand the file's bytes from `lo` on to the sinks they belong to: all that these want of a block, and once."""
+        self._hand_on(lo, data)
+        self._have(lo, lo + len(data))
+
+    def _have(self, lo: int, hi: int) -> None:
+        first, last = ((at - self.layout.data_start) // self.layout.block for at in (lo, hi - 1))
+        self.wanted[first : last + 1] = False
+
+    def _hand_on(self, lo: int, data: Bytes) -> None:
+        try:
+            for piece in self.layout.pieces(lo, lo + len(data)):
+                for sink in self._sinks.get(self.layout.leaves[piece.leaf].name, ()):
+                    sink.write(piece.lo, data[piece.offset - lo : piece.offset - lo + piece.hi - piece.lo])
+        except Exception as error:
+            self._failed = self._failed or f"{type(error).__name__}: {error}"
+
+    def _place(self, lo: int, hi: int) -> Bytes | None:
+        """The memory into which these bytes go, where they are all of one tensor and go nowhere else."""
+        piece, *others = self.layout.pieces(lo, hi)
+        sink, *more = self._sinks.get(self.layout.leaves[piece.leaf].name, (None,))
+        if others or more or piece.hi - piece.lo < hi - lo or not isinstance(sink, Buffer | Part):
+            return None
+        return sink.own(piece.lo, piece.hi)
+
+    def _room(self, size: int) -> Bytes:
         """Memory for what another rank sends."""
         if len(self._received) < size:
             self._received = np.empty(size, np.uint8)
         return self._received[:size]
-
-    def deliver(self, lo: int, data: Bytes) -> None:
-        """Hand the file's bytes from `lo` on to the sinks they belong to: all that these want of a block, and once."""
-        first, last = ((at - self.layout.data_start) // self.layout.block for at in (lo, lo + len(data) - 1))
-        try:
-            for begin, end in _runs(first + np.flatnonzero(self.wanted[first : last + 1])):
-                start, stop = self.layout.span(begin, end)
-                for piece in self.layout.pieces(max(start, lo), min(stop, lo + len(data))):
-                    for sink in self._sinks.get(self.layout.leaves[piece.leaf].name, ()):
-                        sink.write(piece.lo, data[piece.offset - lo : piece.offset - lo + piece.hi - piece.lo])
-        except Exception as error:
-            self._failed = self._failed or f"{type(error).__name__}: {error}"
-        self.wanted[first : last + 1] = False
 
     def verdict(self) -> dict[str, Any]:
         names = self._blocks.names(self._damaged) if self._blocks is not None else []

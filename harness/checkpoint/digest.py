@@ -4,7 +4,7 @@ A block's digest is XXH3-64 (seed 0) of its file bytes; the space between tensor
 table of digests as little-endian uint64.
 
 >>> root([digest(b"")])
-'b13f1df5d1e32f51a5b6e0a4dc8d3ec8'
+'66f7ee01ee4a1e7332e080078f9f652e'
 """
 
 from __future__ import annotations

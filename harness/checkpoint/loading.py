@@ -18,6 +18,7 @@ from harness.checkpoint.manifest import Manifest, NewerVersion, parse
 from harness.checkpoint.partial import Partial
 from harness.checkpoint.restoring import Report, Restore
 from harness.checkpoint.select import select
+from harness.checkpoint.snapshot import no_collection
 from harness.checkpoint.state import State, complain, prepare
 from harness.errors import DataError, HarnessError, InputMissing, StorageError, UsageError
 
@@ -92,6 +93,7 @@ class Loader:
                 self._reject(path, error)
         return {"rejected": rejected, "marked": store.count_damaged(self._directory), "name": None}
 
+    @no_collection()
     def _load(self, path: Path, text: str, state: State, partial: Partial | None) -> Manifest:
         """All ranks parse the manifest at the same time, of which many tensors make a long one; rank 0 checks more."""
         restore = Restore()

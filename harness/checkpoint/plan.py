@@ -15,7 +15,7 @@ tensors' sizes. A block with bytes of sharded leaves goes to a rank that holds s
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterable, Iterator
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -47,14 +47,14 @@ class Plan:
     def blocks(self) -> int:
         return sum(last - first for first, last in self.runs)
 
-    def ranges(self, layout: Layout, most: int) -> Iterator[tuple[int, int, int]]:
-        """(first block, lo, hi): the runs as file bytes, whole blocks, at most `most` bytes (or one block) each."""
-        step = max(1, most // layout.block)
+    def ranges(self, layout: Layout, sizes: Iterable[int]) -> Iterator[tuple[int, int, int]]:
+        """(first block, lo, hi): the runs as file bytes, whole blocks: at most the next of `sizes`, or one block."""
+        wanted = iter(sizes)
         for first, last in self.runs:
-            for block in range(first, last, step):
-                lo, _ = layout.block_range(block)
-                _, hi = layout.block_range(min(block + step, last) - 1)
-                yield block, lo, hi
+            while first < last:
+                end = min(first + max(1, next(wanted) // layout.block), last)
+                yield first, *layout.span(first, end)
+                first = end
 
 
 def make_plan(

@@ -34,6 +34,8 @@ LARGE_IMAGE = 64 << 20
 """Bytes of an image at the most. Fewer, larger writes are about a fifth faster around the page cache."""
 IMAGES_WANTED = 8
 """A part gives at least so many images before they become larger than IMAGE: several threads share them."""
+FIRST_IMAGE = 4 << 20
+"""Bytes of the first image. The disk has something to do the sooner, while the rest is copied."""
 
 GROUP = 1 << 20
 """Bytes of small tensors that are copied at once."""
@@ -65,9 +67,17 @@ class Image:
     data: Bytes
 
 
-def image_size(part: int) -> int:
-    """Bytes of an image at the most, where a rank's part of the file has so many, in whole pages per run."""
-    return min(LARGE_IMAGE, max(IMAGE, part // IMAGES_WANTED))
+def image_sizes(part: int) -> Iterator[int]:
+    """Bytes of each image at the most, where a rank's part of the file has so many, in whole pages per run.
+
+    >>> [size >> 20 for size, _ in zip(image_sizes(1 << 30), range(9), strict=False)]
+    [4, 4, 8, 8, 16, 16, 32, 32, 64]
+    """
+    most = min(LARGE_IMAGE, max(IMAGE, part // IMAGES_WANTED))
+    size = min(FIRST_IMAGE, most)
+    while True:
+        yield from (size, size)
+        size = min(2 * size, most)
 
 
 class Staging:
@@ -107,7 +117,7 @@ class Staging:
         self._pieces, self._ends, self._known = [], [], []
         runs = iter(self._runs)
         lo = hi = at = 0
-        for block, begin, end in plan.ranges(layout, image_size(needed)):
+        for block, begin, end in plan.ranges(layout, image_sizes(needed)):
             while not lo <= begin < hi:
                 lo, hi, at = next(runs)
             first, last = at + begin - lo, at + end - lo

@@ -134,6 +134,10 @@ class Buffer:
         self._begin()[lo : lo + len(data)] = data
         self._count(len(data))
 
+    def own(self, lo: int, hi: int) -> Bytes | None:
+        """The tensor's own memory of bytes [lo, hi), to write into; None where they have to go through `write`."""
+        return None if (view := self._place) is None else view[lo:hi]
+
     def window(self, shape: tuple[int, ...], window: tuple[slice, ...]) -> Bytes:
         """The bytes `window` of all bytes seen as `shape`: a view where possible."""
         if self._place is None and self._copy is None:
@@ -194,6 +198,13 @@ class Part:
         for cut in cuts(self.box, lo, lo + len(data)):
             source = data[cut.at : cut.at + math.prod(cut.shape)].reshape(cut.shape)
             self.buffer.set_window(self.box.count, cut.target, source[cut.source])
+
+    def own(self, lo: int, hi: int) -> Bytes | None:
+        """As that of a buffer: None also where these bytes are not all of the region, without gaps."""
+        (first, *inner), (count, *_) = self.box.start, self.box.count
+        if inner or not first <= lo <= hi <= first + count:
+            return None
+        return self.buffer.own(lo - first, hi - first)
 
     def release(self) -> None:
         self.buffer.release()

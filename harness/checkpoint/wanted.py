@@ -37,8 +37,8 @@ class Sink(Protocol):
 class Wanted:
     """What all ranks want: the file's bytes [lo, hi) = ranges[i], ascending by lo, by the ranks groups[group[i]].
 
-    Of blocks, bool[blocks]: `by_most`, to be sent to all ranks, as more than half of what that sends is wanted;
-    `by_some`, the others of which several ranks want something. What one rank alone wants is in neither, but for blocks
+    Of blocks, bool[blocks]: `by_most`, of which more than half of what goes to all ranks is wanted; `by_some`, the
+    others of which several ranks want something. What one rank alone wants is in neither, but for blocks
     in which it wants something of several entries.
     """
 

@@ -144,13 +144,16 @@ class Writer:
         try:
             if self._begin(order):
                 when = "when it opened the new file"
-                data = order.temporary / commit.DATA
+                data, head = order.temporary / commit.DATA, order.form.head
+                known = head.done()  # while the first bytes are copied, the disk has nothing else to do
+                if self.comm.rank == 0 and known:
+                    commit.put_head(order.temporary, order.form.layout, head.result())
                 if self._open(data, order.form.layout.data_end):
                     when = "while it wrote its part"
                     digests = self.engine.write(data, order.form.layout, copying, self.comm)
-                if self.comm.rank == 0:
+                if self.comm.rank == 0 and not known:
                     when = "when it made HDF5's metadata"
-                    commit.put_head(order.temporary, order.form.layout, order.form.head.result(self.timeout))
+                    commit.put_head(order.temporary, order.form.layout, head.result(self.timeout))
         except Exception as problem:
             error = problem
         copying.wait()

@@ -6,7 +6,7 @@ begins its next epoch earlier). So the k-th of P ranks reads only part k, and on
 every step still has the same samples: a run goes on exactly on any number of ranks that divides the parts.
 
 >>> PartOrder([np.array([0, 1, 2]), np.array([3, 4])], batch=4, seed=0).ids(0, 8)
-array([0, 1, 3, 4, 2, 2, 4, 3])
+array([0, 2, 4, 3, 1, 2, 4, 3])
 """
 
 from __future__ import annotations

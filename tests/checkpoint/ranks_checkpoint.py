@@ -320,6 +320,13 @@ class Checks:
             assert as_bits(state) == as_bits(trained_state())
             if read != "auto":
                 assert bool(calls) == (read == "exchange" and self.comm.mpi is not None)
+        kept = module.PARCEL, module.one_node
+        for near, parcel in ((True, 1000), (False, kept[0]), (False, 1000)):
+            module.PARCEL, module.one_node = parcel, lambda mpi, near=near: near  # type: ignore[misc]
+            state = big_state(seed=3)
+            assert self.manager("reading", fresh=False, read="exchange").restore(State(**state)) == 1
+            assert as_bits(state) == as_bits(trained_state())
+        module.PARCEL, module.one_node = kept
         message = self.fails(UsageError, lambda: self.manager("reading", fresh=False, read="fast"))
         assert "read='fast' is unknown; it is auto, exchange, all" in message
 

@@ -15,10 +15,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from threads import Thread, World
 
-from harness.checkpoint import Manager, Single, State
+from harness.checkpoint import Manager, Single, State, delivery
 from harness.checkpoint import exchange as exchange_module
 from harness.checkpoint.blocks import Blocks
-from harness.checkpoint.delivery import load
+from harness.checkpoint.delivery import PARCEL, load
 from harness.checkpoint.exchange import exchange, plan_transfers
 from harness.checkpoint.holders import Found, Holders, gather_holders
 from harness.checkpoint.layout import Layout, lay_out
@@ -431,9 +431,13 @@ def whole_checkpoint(tree: Tree, directory: Path) -> tuple[Path, Manifest]:
     return path, check(path)
 
 
-def restore(tree: Tree, path: Path, manifest: Manifest, size: int, odd: bool = False) -> None:
+def restore(
+    tree: Tree, path: Path, manifest: Manifest, size: int, odd: bool = False, near: bool = True, parcel: int = PARCEL
+) -> None:
     """All ranks restore their parts, and must get the right bits."""
-    World(size).run(lambda comm: restore_one(tree, path, manifest, comm, odd))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(delivery, "PARCEL", parcel)
+        World(size, near=near).run(lambda comm: restore_one(tree, path, manifest, comm, odd))
 
 
 def restore_one(tree: Tree, path: Path, manifest: Manifest, comm: Thread, odd: bool = False) -> None:
@@ -452,12 +456,14 @@ def restore_one(tree: Tree, path: Path, manifest: Manifest, comm: Thread, odd: b
         assert array.tobytes() == expected.tobytes(), name
 
 
-@given(st.data(), st.integers(1, 5), st.booleans())
-@settings(max_examples=60, deadline=None)
-def test_any_parts_are_restored_from_whole_tensors(data: st.DataObject, size: int, odd: bool) -> None:
+@given(st.data(), st.integers(1, 5), st.booleans(), st.booleans(), st.sampled_from([1, 100, PARCEL]))
+@settings(max_examples=80, deadline=None)
+def test_any_parts_are_restored_from_whole_tensors(
+    data: st.DataObject, size: int, odd: bool, near: bool, parcel: int
+) -> None:
     tree = data.draw(trees(size))
     with tempfile.TemporaryDirectory() as directory:
-        read, blocks = reads(tree, Path(directory), size, odd)
+        read, blocks = reads(tree, Path(directory), size, odd, near, parcel)
     assert read == blocks, "each byte is wanted by some rank and leaves the file once"
 
 
@@ -495,7 +501,9 @@ def test_what_all_ranks_want_is_known_to_each(data: st.DataObject, size: int) ->
         assert len(entries) > 1 or shared == (len(expected) > 1)
 
 
-def reads(tree: Tree, directory: Path, size: int, odd: bool = False) -> tuple[int, int]:
+def reads(
+    tree: Tree, directory: Path, size: int, odd: bool = False, near: bool = True, parcel: int = PARCEL
+) -> tuple[int, int]:
     """How many blocks all ranks read together in a restore, and how many there are."""
     path, manifest = whole_checkpoint(tree, directory)
     found: list[int] = []
@@ -507,7 +515,7 @@ def reads(tree: Tree, directory: Path, size: int, odd: bool = False) -> tuple[in
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(Blocks, "read", read)
-        restore(tree, path, manifest, size, odd)
+        restore(tree, path, manifest, size, odd, near, parcel)
     return sum(found), manifest.layout.blocks
 
 
@@ -522,8 +530,9 @@ def test_each_byte_leaves_the_file_once(tmp_path: Path) -> None:
     }
     for kind, held in kinds.items():
         tree = model(size, "sharded", held, held[0].shape if held else shape, count=3)
-        read, blocks = reads(tree, tmp_path / kind, size)
-        assert read == blocks, kind
+        for near in (True, False):
+            read, blocks = reads(tree, tmp_path / kind / str(near), size, near=near)
+            assert read == blocks, kind
 
 
 def test_blocks_of_parts_and_whole_tensors_are_read_once(tmp_path: Path) -> None:

@@ -43,6 +43,12 @@ class Thread:
         assert len(found) == len(data)
         data[:] = found
 
+    def Split_type(self, kind: int) -> Any:
+        return self if self._world.near else Thread(0, World(1))
+
+    def Free(self) -> None:
+        pass
+
     def Allgather(self, data: Any, found: Any) -> None:
         found[:] = np.concatenate(self._share(np.array(data)))
 
@@ -77,10 +83,13 @@ class Letter:
 
 
 class World:
-    """So many ranks; `run` calls a function on each and returns what they return, or raises what the first raises."""
+    """So many ranks; `run` calls a function on each and returns what they return, or raises what the first raises.
 
-    def __init__(self, size: int) -> None:
-        self.size = size
+    `near`: they are on one node; otherwise each is on its own.
+    """
+
+    def __init__(self, size: int, *, near: bool = True) -> None:
+        self.size, self.near = size, near
         self.slots: list[Any] = [None] * size
         self.barrier = threading.Barrier(size)
         self.letters = {(a, b): queue.Queue() for a in range(size) for b in range(size)}  # type: ignore[var-annotated]
