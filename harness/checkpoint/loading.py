@@ -11,14 +11,12 @@ from typing import Any
 
 from harness.checkpoint import store
 from harness.checkpoint.agree import describe
-from harness.checkpoint.cached import Read
 from harness.checkpoint.comm import Comm, Json
-from harness.checkpoint.delivery import load
+from harness.checkpoint.delivery import Read, load
 from harness.checkpoint.manifest import Manifest, NewerVersion, parse
 from harness.checkpoint.partial import Partial
 from harness.checkpoint.restoring import Report, Restore
 from harness.checkpoint.select import select
-from harness.checkpoint.snapshot import no_collection
 from harness.checkpoint.state import State, complain, prepare
 from harness.errors import DataError, HarnessError, InputMissing, StorageError, UsageError
 
@@ -29,7 +27,12 @@ class Loader:
     """Restores from one directory. `good`: rank 0's checkpoints that were looked at, kept up to date."""
 
     def __init__(
-        self, directory: Path, comm: Comm, good: dict[Path, Manifest], log: Callable[[str], None], read: Read = "auto"
+        self,
+        directory: Path,
+        comm: Comm,
+        good: dict[Path, Manifest],
+        log: Callable[[str], None],
+        read: Read = "exchange",
     ) -> None:
         self._directory, self._comm, self._good, self._log, self._read = directory, comm, good, log, read
         self.report = Report()
@@ -93,7 +96,6 @@ class Loader:
                 self._reject(path, error)
         return {"rejected": rejected, "marked": store.count_damaged(self._directory), "name": None}
 
-    @no_collection()
     def _load(self, path: Path, text: str, state: State, partial: Partial | None) -> Manifest:
         """All ranks parse the manifest at the same time, of which many tensors make a long one; rank 0 checks more."""
         restore = Restore()

@@ -27,8 +27,8 @@ from typing import Any, Literal
 
 from harness.checkpoint.agree import SaveFailed, attempt, describe
 from harness.checkpoint.asked import Asked
-from harness.checkpoint.cached import Read, known
 from harness.checkpoint.comm import Comm, Json, detect
+from harness.checkpoint.delivery import Read, known
 from harness.checkpoint.engines import EngineName, choose
 from harness.checkpoint.loading import Loader
 from harness.checkpoint.partial import Partial
@@ -55,7 +55,7 @@ class Manager:
     timeout: seconds after which ranks that did not come are named and the save is given up.
     check_replicas: at the first save and every n-th after it, compare the replicas of all ranks; 0 never does.
     strict: replicas that are not equal are an error, and nothing is saved; else rank 0's copy is, with a warning.
-    read: "exchange": ranks read shares and exchange them; "all": each reads all; "auto": what is faster, see `cached`.
+    read: "exchange": ranks read shares and send each other what they want; "all": each reads for itself.
     info: JSON that is put into every manifest.
     log: gets a line for the user, on rank 0 only. None: a warning of the logger "harness.checkpoint".
     saved: called on rank 0 with the `Outcome` of each save that succeeded, from within a later call of this object.
@@ -77,7 +77,7 @@ class Manager:
         timeout: float = 600.0,
         check_replicas: int = 10,
         strict: bool = False,
-        read: Read = "auto",
+        read: Read = "exchange",
         info: Mapping[str, Json] | None = None,
         log: Callable[[str], None] | None = None,
         saved: Callable[[Outcome], None] | None = None,
