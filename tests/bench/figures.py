@@ -81,6 +81,10 @@ def restores(result: Result) -> str:
     rounds = rounds_of(result)
     cold, warm = rounds.seconds(*limit(rounds, "read")), rounds.seconds("raw read warm")
     rows = [["plain reads (warm: of all bytes by each rank)", _s(cold), "1", _s(warm), "1", "1"]]
+    if "read and copied" in rounds:
+        reached = _spread(inverse(rounds.ratio("read and copied", *limit(rounds, "read"))))
+        copied = "plain reads, while as much is copied as a restore puts into tensors"
+        rows.append([copied, _s(rounds.seconds("read and copied")), reached, "", "", "1"])
     names = [name.removeprefix("cold ") for name in rounds.table[0] if name.startswith("cold ")]
     for name in sorted(names, key=lambda one: rounds.seconds(f"cold {one}").median):
         rows.append(

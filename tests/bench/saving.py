@@ -15,6 +15,7 @@ import shutil
 import sys
 import time
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -29,10 +30,13 @@ from harness.bench.checkpoints import Plain
 from harness.bench.contents import change, digest, wipe
 from harness.bench.rounds import Contender, run_rounds, timed
 from harness.bench.saves import Ours, total, traffic
+from harness.checkpoint.blocks import SEGMENT, THREADS
 from harness.checkpoint.comm import Mpi
 from harness.checkpoint.commit import sync_directory
 from harness.checkpoint.engines import EngineName
 from harness.checkpoint.engines.filesystem import filesystem
+from harness.checkpoint.pages import aligned
+from harness.checkpoint.tensors import Bytes
 
 WITH_BB = ("rank-0 torch.save",)
 """What saves BB besides ours: it is there for the first save of many tensors."""
@@ -97,6 +101,37 @@ class OursToo:
         return found
 
 
+class Placed:
+    """What no restore can do without: plain reads of this rank's share, while as many bytes are copied as it restores.
+
+    Threads read ahead, as ours do; the copies are from memory to memory, without tensors, digests or other ranks.
+    """
+
+    def __init__(self, folder: Path, comm: Mpi, size: int) -> None:
+        self.path, self.comm, self.way = folder / f"placed-{comm.rank}", comm, raw.ways(folder)[0]
+        self.share = raw.pages(-(-size // comm.size))
+
+    def work(self, number: int) -> dict[str, float]:
+        data, target = aligned(self.share), aligned(self.share)
+        data[:], target[:] = number, 1
+        raw.write(self.path, data, self.way)
+        raw.drop([self.path])
+        self.comm.barrier()
+        found = {"read and copied": timed(lambda: self._read(data, target), self.comm)}
+        self.path.unlink()
+        return found
+
+    def _read(self, data: Bytes, target: Bytes) -> None:
+        def read(at: int) -> int:
+            raw.read(self.path, data[at : at + SEGMENT], self.way, offset=at)
+            return at
+
+        with ThreadPoolExecutor(THREADS) as pool:
+            for at in pool.map(read, range(0, self.share, SEGMENT)):
+                for _ in range(self.comm.size):
+                    target[at : at + SEGMENT] = data[at : at + SEGMENT]
+
+
 class Memory:
     """How much more memory this process has had at its peak than when this was made, in bytes. Linux."""
 
@@ -143,6 +178,7 @@ def measure(name: str, args: argparse.Namespace, others: list[Way | Absent], com
     workload = make(name, args.scale, comm.rank, comm.size)
     skipped = {one.name: one.why for one in others if isinstance(one, Absent)}
     plain = Plain(args.folder, comm, workload.nbytes)
+    placed = Placed(args.folder, comm, workload.nbytes)
     kinds: list[tuple[str, EngineName]] = [("direct", "direct"), ("mpio", "mpio")]
     if name in ("A", "BB"):  # only an optimizer's state can wait
         kinds.append(("lazy", "direct"))
@@ -150,7 +186,7 @@ def measure(name: str, args: argparse.Namespace, others: list[Way | Absent], com
     for kind, engine in kinds:
         one = partial(Ours, kind, args.folder, comm, workload.training, engine=engine, lazy=kind == "lazy")
         ours.append(OursToo(one, restores=kind == "direct"))
-    contenders = [Contender("plain", plain.work)]
+    contenders = [Contender("plain", plain.work), Contender("plain reads and copies", placed.work)]
     contenders += [Contender(kind, one.work) for (kind, _), one in zip(kinds, ours, strict=True)]
     for way in others:
         if isinstance(way, Way) and (name != "BB" or way.name in WITH_BB):
