@@ -19,7 +19,7 @@ from typing import Any
 
 from harness.bench import raw
 from harness.bench.contents import change, digest, wipe
-from harness.bench.rounds import timed
+from harness.bench.rounds import timed, together
 from harness.bench.state import Training
 from harness.checkpoint import Comm, Manager, keep_all
 from harness.checkpoint.commit import DATA, sync_directory
@@ -60,7 +60,7 @@ class Ours:
         self._remove()
         change(self.training.tensors)
         self._step += 1
-        self.comm.barrier()
+        together(self.comm)
         began = time.perf_counter()
         self._manager.save(self._step, self.training.state)
         held = time.perf_counter() - began

@@ -33,7 +33,8 @@ def page(results: Sequence[Result], command: str, plots: str | None = None, *, j
         f"`{command}`\n\n{_machine()}; {first['filesystem']}; {len(first['rounds']) - 1} round(s) after a first one"
         " that warms up. Medians of the slowest rank, ratios within a round; the limit is the best of plain writes"
         " (O_DIRECT with one and two writers per rank, buffered), or reads, of the same bytes by the same ranks in that"
-        " round. Files and folders are synced, what was restored was compared byte by byte with what was saved.",
+        " round. Files and folders are synced, what was restored was compared byte by byte with what was saved."
+        " Where the limits are and what was tried is told in tests/bench/README.md.",
     ]
     if judged:
         parts.append("## Targets\n\n" + table(("what", "target", "found", ""), list(targets(results))))
