@@ -117,7 +117,7 @@ def timed(work: Callable[[], object], comm: Comm) -> float:
 def together(comm: Comm) -> None:
     """All ranks begin at the same time, and none has to collect what others before have left. Collective.
 
-    Python looks through all objects now and then, 0.1 to 0.3 s where there are half a million: whoever came next paid it.
+    Python looks through all objects now and then, for 0.3 s where there are half a million: whoever came next paid it.
     """
     gc.collect()
     comm.barrier()
