@@ -201,7 +201,7 @@ class _Reading:
         except (OSError, EOFError) as error:
             self._unreadable = f"{self._path / DATA} cannot be read: {error}"
         except Exception as error:
-            self._failed = self._failed or f"{type(error).__name__}: {error}"
+            self._fail(error)
 
     def take(self, lo: int, hi: int, receive: Callable[[Bytes], object]) -> None:
         """The file's bytes [lo, hi) from another rank, all that is wanted of their blocks: `receive` fills each parcel.
@@ -231,15 +231,22 @@ class _Reading:
                 for sink in self._sinks.get(self.layout.leaves[piece.leaf].name, ()):
                     sink.write(piece.lo, data[piece.offset - lo : piece.offset - lo + piece.hi - piece.lo])
         except Exception as error:
-            self._failed = self._failed or f"{type(error).__name__}: {error}"
+            self._fail(error)
 
     def _place(self, lo: int, hi: int) -> Bytes | None:
         """The memory into which these bytes go, where they are all of one tensor and go nowhere else."""
         piece, *others = self.layout.pieces(lo, hi)
-        sink, *more = self._sinks.get(self.layout.leaves[piece.leaf].name, (None,))
-        if others or more or piece.hi - piece.lo < hi - lo or not isinstance(sink, Buffer | Part):
+        sinks = self._sinks.get(self.layout.leaves[piece.leaf].name, ())
+        if others or piece.hi - piece.lo < hi - lo or len(sinks) != 1 or not isinstance(sinks[0], Buffer | Part):
             return None
-        return sink.own(piece.lo, piece.hi)
+        try:
+            return sinks[0].own(piece.lo, piece.hi)
+        except Exception as error:  # as where it is written to; the others wait for this rank to go on
+            self._fail(error)
+            return None
+
+    def _fail(self, error: Exception) -> None:
+        self._failed = self._failed or f"{type(error).__name__}: {error}"
 
     def _room(self, size: int) -> Bytes:
         """Memory for what another rank sends."""

@@ -31,7 +31,7 @@ from harness.checkpoint.store import Damaged, check
 from harness.checkpoint.tensors import Buffer, Part
 from harness.checkpoint.tiling import first_fault
 from harness.checkpoint.wanted import gather_wanted, wanted_blocks, wanted_ranges
-from harness.errors import DataError
+from harness.errors import DataError, InternalError
 
 shapes = st.lists(st.integers(1, 7), max_size=4).map(tuple)
 
@@ -557,6 +557,31 @@ def test_damage_is_seen_by_all_whoever_reads(tmp_path: Path) -> None:
         world.run(lambda comm: restore_one(tree, path, manifest, comm))
     assert {type(error) for error in world.errors} == {Damaged}
     assert len({str(error) for error in world.errors}) == 1
+
+
+class Broken(Buffer):
+    """One whose memory cannot be had."""
+
+    def own(self, lo: int, hi: int) -> Any:
+        raise RuntimeError("gone")
+
+
+@pytest.mark.parametrize("near", [True, False])
+def test_a_tensor_that_fails_on_one_rank_fails_the_restore_on_all(
+    near: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(delivery, "PARCEL", 1)
+    tree = model(3, "replicated", [], (64, 64), count=4)
+    path, manifest = whole_checkpoint(tree, tmp_path)
+
+    def one(comm: Thread) -> None:
+        kind = Broken if comm.rank == 1 else Buffer
+        load(path, manifest, {name: [kind(np.zeros_like(value))] for name, value in tree.values.items()}, comm)
+
+    world = World(3, near=near)
+    with pytest.raises(InternalError, match="could not be restored: RuntimeError: gone"):
+        world.run(one)
+    assert {type(error) for error in world.errors} == {InternalError}
 
 
 @pytest.mark.parametrize("size", [10_000])
