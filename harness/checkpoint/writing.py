@@ -143,15 +143,17 @@ class Writer:
         digests: dict[int, int] = {}
         try:
             if self._begin(order):
-                when = "when it opened the new file"
                 data, head = order.temporary / commit.DATA, order.form.head
-                known = head.done()  # while the first bytes are copied, the disk has nothing else to do
-                if self.comm.rank == 0 and known:
+                # While the first bytes are copied, the disk has nothing else to do. A collective engine needs rank 0.
+                early = self.comm.rank == 0 and self.engine.background and head.done()
+                if early:
+                    when = "when it made HDF5's metadata"
                     commit.put_head(order.temporary, order.form.layout, head.result())
+                when = "when it opened the new file"
                 if self._open(data, order.form.layout.data_end):
                     when = "while it wrote its part"
                     digests = self.engine.write(data, order.form.layout, copying, self.comm)
-                if self.comm.rank == 0 and not known:
+                if self.comm.rank == 0 and not early:
                     when = "when it made HDF5's metadata"
                     commit.put_head(order.temporary, order.form.layout, head.result(self.timeout))
         except Exception as problem:

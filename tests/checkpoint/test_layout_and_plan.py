@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import resource
 import time
+from itertools import repeat
 
 import numpy as np
 import pytest
@@ -75,7 +76,7 @@ def test_every_byte_is_written_by_exactly_one_rank(leaves: list[Leaf], size: int
     assert (owner >= 0).all()
     written = [np.zeros(leaf.nbytes, np.int8) for leaf in layout.leaves]
     for rank in range(size):
-        for block, lo, hi in make_plan(layout, rank=rank, size=size, from_rank0=unequal).ranges(layout, 8192):
+        for block, lo, hi in make_plan(layout, rank=rank, size=size, from_rank0=unequal).ranges(layout, repeat(8192)):
             assert (lo - layout.data_start) == block * layout.block and hi - lo <= 8192
             for piece in layout.pieces(lo, hi):
                 assert piece.offset == layout.starts[piece.leaf] + piece.lo
@@ -241,7 +242,7 @@ def test_planning_for_ten_thousand_ranks_and_a_hundred_thousand_tensors(ranks: i
     plan = make_plan(layout, rank=4711, size=ranks)
     cold = time.process_time() - began
     began = time.process_time()
-    pieces = sum(1 for _, lo, hi in plan.ranges(layout, 16 << 20) for _ in layout.pieces(lo, hi))
+    pieces = sum(1 for _, lo, hi in plan.ranges(layout, repeat(16 << 20)) for _ in layout.pieces(lo, hi))
     again = make_plan(layout, rank=4711, size=ranks)
     warm = time.process_time() - began
     grown = (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024
