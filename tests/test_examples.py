@@ -13,7 +13,7 @@ SHOWN = [
     path.relative_to(ROOT)
     for folder in ("harness", "launch")
     for path in sorted((ROOT / folder).rglob("*.py"))
-    if "\n>>> " in (text := path.read_text()) or "    >>> " in text
+    if ">>> " in path.read_text()
 ]
 
 

@@ -235,9 +235,9 @@ class _Reading:
 
     def _place(self, lo: int, hi: int) -> Bytes | None:
         """The memory into which these bytes go, where they are all of one tensor and go nowhere else."""
-        piece, *others = self.layout.pieces(lo, hi)
+        piece = next(self.layout.pieces(lo, hi))
         sinks = self._sinks.get(self.layout.leaves[piece.leaf].name, ())
-        if others or piece.hi - piece.lo < hi - lo or len(sinks) != 1 or not isinstance(sinks[0], Buffer | Part):
+        if piece.hi - piece.lo < hi - lo or len(sinks) != 1 or not isinstance(sinks[0], Buffer | Part):
             return None
         try:
             return sinks[0].own(piece.lo, piece.hi)

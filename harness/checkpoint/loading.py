@@ -27,12 +27,7 @@ class Loader:
     """Restores from one directory. `good`: rank 0's checkpoints that were looked at, kept up to date."""
 
     def __init__(
-        self,
-        directory: Path,
-        comm: Comm,
-        good: dict[Path, Manifest],
-        log: Callable[[str], None],
-        read: Read = "exchange",
+        self, directory: Path, comm: Comm, good: dict[Path, Manifest], log: Callable[[str], None], read: Read
     ) -> None:
         self._directory, self._comm, self._good, self._log, self._read = directory, comm, good, log, read
         self.report = Report()
