@@ -10,7 +10,7 @@ from __future__ import annotations
 import time
 import tracemalloc
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 from harness.checkpoint.cost import Cost, cost
 from harness.checkpoint.layout import Layout, lay_out
@@ -114,7 +114,7 @@ def _memory(leaves: Sequence[Leaf], ranks: int, rank: int) -> int:
 
 def _fresh(leaves: Sequence[Leaf]) -> list[Leaf]:
     """The same tensors without anything that was worked out and kept before."""
-    return [replace(leaf) for leaf in leaves]
+    return [leaf._replace() for leaf in leaves]
 
 
 def _ranges(layout: Layout, ranks: int, rank: int) -> list[tuple[int, int]]:

@@ -29,7 +29,7 @@ from typing import NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-from harness.checkpoint.schema import Leaf
+from harness.checkpoint.schema import Leaf, groups_of
 
 Offsets = npt.NDArray[np.int64]
 
@@ -154,14 +154,10 @@ def estimate_head(leaves: Iterable[Leaf], links: Iterable[str] = ()) -> int:
 
     What is not needed stays a hole in the file; where it should not be enough, `file.fit_head` takes more.
     """
+    datasets, names = [leaf.name for leaf in leaves], list(links)
     size = USER_BLOCK + 16384
-    folders: set[str] = set()
-    for name, room in chain(((leaf.name, 640) for leaf in leaves), ((name, 80) for name in links)):
-        size += room + 3 * len(name)
-        parent = name
-        while (cut := parent.rfind("/")) > 0 and (parent := parent[:cut]) not in folders:
-            folders.add(parent)
-            size += 768 + 3 * len(parent)
+    for paths, room in ((datasets, 640), (names, 80), (groups_of(chain(datasets, names)), 768)):
+        size += room * len(paths) + 3 * sum(map(len, paths))
     return -(-size // PAGE) * PAGE
 
 

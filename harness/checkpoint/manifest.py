@@ -65,6 +65,7 @@ MAX_TEXT = 256 << 20
 _MAX_BLOCK = 1 << 30
 _FIELDS = {"format", "version", "uuid", "step", "created", "world", "schema", "file", "leaves", "aliases", "state"}
 _FIELDS |= {"metrics", "info"}
+_LEAF = {"name": str, "dtype": str, "shape": list, "placement": str, "offset": int}
 
 
 @dataclass(frozen=True)
@@ -202,25 +203,33 @@ def _layout(file: dict[str, Any], listed: Any) -> Layout:
     head = _integer(file["head"], 2 * PAGE, MAX_BYTES)
     data_start = _integer(file["data_start"], head, MAX_BYTES)
     data_end = _integer(file["data_end"], data_start, MAX_BYTES)
-    leaves = []
-    starts = np.zeros(len(listed), np.int64)
-    for index, item in enumerate(listed):
-        if set(item) != {"name", "dtype", "shape", "placement", "offset"} or not isinstance(item["name"], str):
-            raise ValueError(f"leaf {index} is not described as it should be")
-        if not isinstance(item["shape"], list) or not isinstance(item["dtype"], str):
-            raise ValueError(f"leaf {index} is not described as it should be")
-        shape = tuple(_integer(length, 0, MAX_BYTES) for length in item["shape"])
-        leaves.append(Leaf(item["name"], item["dtype"], shape, item["placement"]))
-        starts[index] = _integer(item["offset"], 0, MAX_BYTES)
+    names, dtypes, shapes, placements, offsets = _columns(listed)
+    leaves = tuple(map(Leaf, names, dtypes, map(tuple, shapes), placements))
     check_schema(leaves)
+    _integer(max(offsets, default=0), 0, MAX_BYTES)
+    starts = np.array(offsets, np.int64)
     ends = starts + np.fromiter((leaf.nbytes for leaf in leaves), np.int64, len(leaves))
     bounds = np.concatenate([[data_start], ends])
     if np.any(starts < bounds[:-1]) or bounds[-1] > data_end:
         raise ValueError("leaves overlap or lie outside the file")
-    layout = Layout(tuple(leaves), starts, ends, head, data_start, data_end, block)
+    layout = Layout(leaves, starts, ends, head, data_start, data_end, block)
     if layout.block & (layout.block - 1) or layout.blocks * 8 > data_start - head or (data_start - head) % 8:
         raise ValueError("the blocks do not fit their table of digests")
     return layout
+
+
+def _columns(listed: list[Any]) -> list[list[Any]]:
+    """Names, dtypes, shapes, placements and offsets of the leaves, of the right types: one thing of all at a time."""
+    for index, item in enumerate(listed):
+        if type(item) is not dict or item.keys() != _LEAF.keys():
+            raise ValueError(f"leaf {index} is not described as it should be")
+    columns = [[item[field] for item in listed] for field in _LEAF]
+    for column, kind in zip(columns, _LEAF.values(), strict=True):
+        for index in (index for index, value in enumerate(column) if type(value) is not kind):
+            raise ValueError(f"leaf {index} is not described as it should be")
+    for number in (number for shape in columns[2] for number in shape if type(number) is not int):
+        raise ValueError(f"{str(number)[:40]} is not a length")
+    return columns
 
 
 def _aliases(value: dict[str, Any], layout: Layout) -> dict[str, str]:

@@ -243,6 +243,8 @@ def unwritable(array: Any) -> str | None:
     """Why nothing can be restored into this tensor, None where that is possible."""
     if hasattr(array, "flags"):
         return None if array.flags.writeable else "is read-only"
+    if array.is_contiguous():
+        return None
     if any(step == 0 and length > 1 for step, length in zip(array.stride(), array.shape, strict=True)):
         return "has elements that share memory (it was expanded)"
     return None

@@ -26,6 +26,7 @@ from samples import Net, bits, train
 from harness.checkpoint import Horovod, Manager, Mpi, SaveFailed, State, detect, keep_all, open_checkpoint
 from harness.checkpoint.comm import Comm
 from harness.checkpoint.engines import EngineName
+from harness.checkpoint.store import read_manifest
 from harness.errors import DataError, InternalError, Unavailable, UsageError
 
 
@@ -328,6 +329,24 @@ class Checks:
         module.PARCEL, module.one_node = kept
         message = self.fails(UsageError, lambda: self.manager("reading", fresh=False, read="fast"))
         assert "read='fast' is unknown; it is exchange or all" in message
+
+    def check_each_block_is_read_once(self) -> None:
+        """Also where reading began before it was known what is wanted."""
+        from harness.checkpoint.blocks import Blocks
+
+        path = self.manager("once").save(1, State(**trained_state()), wait=True)
+        layout = read_manifest(path).layout
+        original, read = Blocks.read, []
+
+        def counting(self: Blocks, first: int, last: int, buffer: Any) -> list[int]:
+            read.append(last - first)
+            return original(self, first, last, buffer)
+
+        Blocks.read = counting  # type: ignore[method-assign]
+        assert self.manager("once", fresh=False).restore(State(**big_state(seed=3))) == 1
+        Blocks.read = original  # type: ignore[method-assign]
+        readers = 1 if self.comm.mpi is not None else self.comm.size
+        assert sum(self.comm.all_gather(sum(read))) == readers * layout.blocks
 
     def check_a_rank_that_cannot_read(self) -> None:
         from harness.checkpoint.blocks import Blocks
