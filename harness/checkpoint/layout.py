@@ -1,15 +1,13 @@
 """Where every byte of the file lies, before the file exists. Pure arithmetic, equal on all ranks.
 
     0            user block: 4096 bytes of ours, which commit it (text, see `commit`)
-    4096         HDF5 superblock and all HDF5 metadata: object headers, groups
+    4096         HDF5 superblock and all HDF5 metadata: object headers, groups (`hdf5`)
     head         /_ckpt/digest: uint64 per block, padded to a multiple of 4096 bytes
     data_start   the tensors, cut into blocks of `block` bytes (the last one is shorter)
     data_end     end of the file
 
-HDF5 gives out space in the order in which datasets are created: metadata from one block that is reserved at the
-beginning (its size is ours to choose), raw data one after the other, those of 64 KiB and more at the next multiple of
-4096. `file.build_head` checks that it did. Small tensors come first, wide elements before narrow ones, so that every
-element is aligned to its own size and none straddles two blocks.
+Tensors of 64 KiB and more begin at a multiple of 4096. Small ones come first, wide elements before narrow ones, so that
+every element is aligned to its own size and none straddles two blocks.
 
 >>> from harness.checkpoint.schema import Leaf
 >>> layout = lay_out([Leaf("a", "float32", (3,)), Leaf("b", "float64", (2,))])
@@ -22,19 +20,20 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from functools import cached_property
-from itertools import chain
 from operator import attrgetter
 from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 
-from harness.checkpoint.schema import Leaf, groups_of
+from harness.checkpoint.hdf5 import metadata_size
+from harness.checkpoint.schema import RESERVED, Leaf
 
 Offsets = npt.NDArray[np.int64]
 
 USER_BLOCK = 4096
 PAGE = 4096
+DIGESTS = f"{RESERVED}/digest"
 LARGE = 64 << 10
 """Datasets of this many bytes and more begin at a multiple of PAGE."""
 MAX_BLOCK = 4 << 20
@@ -110,13 +109,10 @@ class Layout:
         return touched
 
 
-def lay_out(
-    leaves: Iterable[Leaf], *, links: Iterable[str] = (), head: int | None = None, block: int | None = None
-) -> Layout:
-    """The layout of version 1. `head`: least bytes before the digests (user block and metadata), None: estimated.
+def lay_out(leaves: Iterable[Leaf], *, links: Iterable[str] = (), block: int | None = None) -> Layout:
+    """The layout of version 1, of `leaves` and second names of them.
 
-    `links`: second names of leaves. `block`: bytes per digest block, a power of two and at least PAGE; None: by the
-    size of the whole.
+    `block`: bytes per digest block, a power of two and at least PAGE; None: by the size of the whole.
     """
     alike: dict[tuple[bool, int, bool], list[Leaf]] = {}
     for leaf in leaves:
@@ -137,7 +133,7 @@ def lay_out(
     unit = block_for(total) if block is None else block
     table = -(-max(1, -(-total // unit)) * 8 // PAGE) * PAGE
     # data_start is a multiple of the block, so that blocks, hence ranks, meet on page and stripe boundaries.
-    least = estimate_head(ordered, links) if head is None else head
+    least = USER_BLOCK + metadata_size([*ordered, Leaf(DIGESTS, "uint64", (0,))], links)
     data_start = -(-(least + table) // unit) * unit
     return Layout(
         tuple(ordered), starts + data_start, ends + data_start, data_start - table, data_start, data_start + total, unit
@@ -147,18 +143,6 @@ def lay_out(
 def block_for(total: int) -> int:
     """Bytes per block for `total` bytes of data: 4 MiB, less where that gives fewer than 64 blocks; at least 4 KiB."""
     return min(MAX_BLOCK, max(PAGE, 1 << max(0, (total // BLOCKS_WANTED).bit_length() - 1)))
-
-
-def estimate_head(leaves: Iterable[Leaf], links: Iterable[str] = ()) -> int:
-    """Bytes of user block and HDF5 metadata, two to three times what HDF5 1.10 to 2.0 take.
-
-    What is not needed stays a hole in the file; where it should not be enough, `file.fit_head` takes more.
-    """
-    datasets, names = [leaf.name for leaf in leaves], list(links)
-    size = USER_BLOCK + 16384
-    for paths, room in ((datasets, 640), (names, 80), (groups_of(chain(datasets, names)), 768)):
-        size += room * len(paths) + 3 * sum(map(len, paths))
-    return -(-size // PAGE) * PAGE
 
 
 def _order(leaf: Leaf) -> tuple[bool, int, bool]:

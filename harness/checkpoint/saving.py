@@ -3,7 +3,7 @@
 main thread    collect the state -> vote -> copy this rank's slice of the file into reused memory
 saver thread                                write what is copied -> vote -> commit
 
-At the first save of a schema rank 0 makes HDF5's metadata in the main thread meanwhile: only the commit waits for it.
+At the first save of a schema another thread of rank 0 makes HDF5's metadata: only the commit waits for it.
 Both votes have a deadline and name the ranks that did not come (`ballot`). Otherwise no rank waits for another one,
 but where the ranks must exchange something (replicas to compare, shards, mpio): then a third vote finds out before that
 all of them are there.
@@ -74,13 +74,12 @@ class Saver:
         self.lines: queue.SimpleQueue[str] = queue.SimpleQueue()
         """What there is to tell, from both threads."""
         self._staging = Staging()
-        self._thread = ThreadPoolExecutor(2, thread_name_prefix="harness-checkpoint")
+        self._thread = ThreadPoolExecutor(3, thread_name_prefix="harness-checkpoint")
         self._running: Future[Outcome] | None = None
         self._copied: Future[None] | None = None
         self._collector = Collector(comm)
         self._ordered: tuple[object, object, list[Buffer]] = (None, None, [])
         self._form: Form | None = None
-        self._room = 0  # rank 0: bytes of the head, where it needs more than is estimated
         self._from_rank0: tuple[int, ...] = ()
         self._held: Holders | None = None
         self._holders: Holders | None = None  # the same, but unequal copies have one holder
@@ -108,12 +107,12 @@ class Saver:
         busy = self._running is not None and not self._running.done()
         taken, error = attempt(lambda: self._collector.collect(step, state, metrics))
         # Already here, where no rank waits for another. What fails is tried again, and told, where they do.
-        form = None if taken is None or busy else attempt(lambda: self._lay_out(taken, None))[0]
+        form = None if taken is None or busy else attempt(lambda: self._lay_out(taken))[0]
         message: Json = {
             "step": step,
             "busy": busy,
             "schema": None if taken is None else taken.schema,
-            "head": None if form is None else form.layout.head,
+            "laid out": form is not None,
             "parts": "" if taken is None else signature(taken.snapshot.parts),
             "error": describe(error),
         }
@@ -234,8 +233,8 @@ class Saver:
         if refused or plan is None:
             return answer | (refused or {}) | {"in use": isinstance(error, InUse)}
         exchanges = plan["compare"] or plan["gather"] or taken.snapshot.parts or not self._engine.background
-        other = any(message["head"] != plan["head"] for message in said.values())
-        return answer | plan | {"settle": bool(exchanges or other)}
+        ready = all(message["laid out"] for message in said.values())
+        return answer | plan | {"settle": bool(exchanges or not ready)}
 
     def _open(self, step: int, taken: Taken, parts: list[str]) -> dict[str, Json]:
         """Rank 0: make sure that it can be written, and say where. Raises HarnessError, OSError.
@@ -244,10 +243,7 @@ class Saver:
         """
         self._claim()
         self._writer.lease = self._lease
-        layout = self._lay_out(taken, None).layout
-        if layout.head < self._room:
-            layout = self._lay_out(taken, self._room).layout
-        space.preflight(self._directory, layout.data_end, _FILES)
+        space.preflight(self._directory, self._lay_out(taken).layout.data_end, _FILES)
         self._asked = parts
         self._numbers += 1
         identity, saved = uuid.uuid4().hex, self._writer.saved
@@ -255,14 +251,13 @@ class Saver:
             "number": self._numbers,
             "uuid": identity,
             "name": f"{store.new_name(self._directory, step)}{commit.TEMPORARY}{identity}",
-            "head": layout.head,
             "gather": bool(taken.snapshot.parts) and parts != self._parts,
             "compare": self._comm.size > 1 and self._check_replicas > 0 and saved % self._check_replicas == 0,
         }
 
     def _settle(self, step: int, taken: Taken, verdict: dict[str, Any]) -> None:
         """Make sure that all ranks go on, and have laid out the file. Raises SaveFailed, on all ranks alike."""
-        _, error = attempt(lambda: None if verdict["differ"] else self._lay_out(taken, verdict["head"]))
+        _, error = attempt(lambda: None if verdict["differ"] else self._lay_out(taken))
 
         def decide(said: Mapping[int, Json], missing: list[int]) -> Json:
             absent = "asked for a save and then did not begin it"
@@ -274,11 +269,11 @@ class Saver:
             told = f"the checkpoint of step {step} was not saved: {settled['failed']}"
             raise SaveFailed(told, hint=settled["hint"]) from error
 
-    def _lay_out(self, taken: Taken, head: int | None) -> Form:
-        """The form of this state. `head`: as rank 0 has it, None: as it is estimated."""
+    def _lay_out(self, taken: Taken) -> Form:
+        """The form of this state: the same on all ranks."""
         form, found = self._form, taken.snapshot
-        if form is None or form.failed or form.schema != taken.schema or head not in (None, form.layout.head):
-            self._form = form = Form(taken.schema, lay_out(found.leaves, links=found.aliases, head=head))
+        if form is None or form.failed or form.schema != taken.schema:
+            self._form = form = Form(taken.schema, lay_out(found.leaves, links=found.aliases))
             self._from_rank0, self._parts = (), []
         return form
 
@@ -297,7 +292,7 @@ class Saver:
 
     def _make_order(self, step: int, taken: Taken, verdict: dict[str, Any], began: float) -> Order:
         """Where rank 0 asks for it, compare the replicas. Collective then."""
-        form = self._lay_out(taken, verdict["head"])
+        form = self._lay_out(taken)
         if verdict["compare"]:
             attempt(lambda: self._staging.prepare(form.layout, self._plan(form.layout)))  # the memory comes meanwhile
             buffers = self._in_order(form.layout, taken.snapshot)
@@ -359,22 +354,17 @@ class Saver:
         holders, plan = self._holders if layout.parted else None, self._plan(layout)
         images, error = attempt(lambda: self._staging.prepare(layout, plan))
         copying = Copying(images or [], error)
+        if self._comm.rank == 0 and order.form.head is None:
+            with copying.failing():
+                order.form.head = self._thread.submit(order.form.make_head, snapshot.aliases, copying)
         if self._engine.background:
             self._running = self._thread.submit(self._writer.run, order, copying)
         now = sorted(set(range(len(buffers))) - set(late) - layout.parted) if late else None
 
-        def copy_now() -> None:
+        with copying.failing():
             with copying.failing():
                 copying.check()
                 self._staging.fill(buffers, now, None if late or holders else copying.reach)
-
-        with copying.failing():
-            if self._comm.rank or order.form.head.done():
-                copy_now()
-            else:  # HDF5 is for the main thread
-                filling = self._thread.submit(copy_now)
-                self._room = order.form.make_head(snapshot.aliases, Path(f"{order.temporary}-head"))
-                filling.result()
             if holders is not None:  # also where this rank could not copy: the others wait for its parts
                 exchange(layout, plan, holders, _parts(layout, snapshot), self._comm, self._staging.view)
         copying.waited = time.perf_counter() - order.began

@@ -13,7 +13,7 @@ import base64
 import time
 from collections.abc import Callable, Mapping
 from concurrent.futures import Future
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +28,7 @@ from harness.checkpoint.comm import Comm, Json
 from harness.checkpoint.copying import Copying
 from harness.checkpoint.digest import root
 from harness.checkpoint.engines import Engine
-from harness.checkpoint.file import fit_head
+from harness.checkpoint.file import build_head
 from harness.checkpoint.layout import Layout
 from harness.checkpoint.lease import Lease
 from harness.checkpoint.manifest import Manifest, prepare, render
@@ -48,41 +48,25 @@ class Taken:
     metrics: dict[str, Json]
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(eq=False)
 class Form:
     """The shape of the file for one schema."""
 
     schema: str
     layout: Layout
-    head: Future[bytes] = field(default_factory=Future)
-    """Rank 0: the HDF5 metadata, which are made while the first save of this form is written."""
+    head: Future[bytes] | None = None
+    """Rank 0: the HDF5 metadata, which a thread makes while the first save of this form is written."""
 
     @property
     def failed(self) -> bool:
         """Whether there cannot be a `head`."""
-        return self.head.done() and self.head.exception() is not None
+        return self.head is not None and self.head.done() and self.head.exception() is not None
 
-    def make_head(self, aliases: dict[str, str], scratch: Path) -> int:
-        """Make `head`; what fails is in it, and ends the save. Returns how many bytes of a file are needed for it.
-
-        `scratch`: a directory that is made and removed. Uses HDF5: in the main thread only.
-        """
-        needed = 0
-        try:
-            scratch.mkdir()
-            layout, head = fit_head(self.layout, aliases, scratch / "head.h5")
-            needed = layout.head
-            if layout is not self.layout:
-                raise StorageError("HDF5 needs more room in the file than it has", hint="the next save leaves it more")
-            prepare(layout, aliases)
-            self.head.set_result(head)
-        except BaseException as error:
-            self.head.set_exception(error)
-            if not isinstance(error, Exception):
-                raise
-        finally:
-            commit.abandon(scratch)
-        return needed
+    def make_head(self, aliases: dict[str, str], copying: Copying) -> bytes:
+        """`head`, begun when nothing is copied any more: Python does one after the other faster."""
+        copying.wait()
+        prepare(self.layout, aliases)
+        return build_head(self.layout, aliases)
 
 
 @dataclass(frozen=True, eq=False)
@@ -145,15 +129,15 @@ class Writer:
             if self._begin(order):
                 data, head = order.temporary / commit.DATA, order.form.head
                 # While the first bytes are copied, the disk has nothing else to do. A collective engine needs rank 0.
-                early = self.comm.rank == 0 and self.engine.background and head.done()
-                if early:
+                early = head is not None and self.engine.background and head.done()
+                if head is not None and early:
                     when = "when it made HDF5's metadata"
                     commit.put_head(order.temporary, order.form.layout, head.result())
                 when = "when it opened the new file"
                 if self._open(data, order.form.layout.data_end):
                     when = "while it wrote its part"
                     digests = self.engine.write(data, order.form.layout, copying, self.comm)
-                if self.comm.rank == 0 and not early:
+                if head is not None and not early:
                     when = "when it made HDF5's metadata"
                     commit.put_head(order.temporary, order.form.layout, head.result(self.timeout))
         except Exception as problem:
@@ -212,6 +196,7 @@ class Writer:
         return {"failed": None, "hint": None}
 
     def _publish(self, order: Order, said: Mapping[int, Any]) -> None:
+        assert order.form.head is not None
         form, taken, head = order.form, order.taken, order.form.head.result()
         table = np.zeros(form.layout.blocks, np.uint64)
         for message in said.values():

@@ -237,7 +237,7 @@ class Checks:
                     (saving.Staging, "fill", self.last, "while it copied its part"),
                     (saving.Staging, "fill", 0, "while it copied its part"),
                     (writing.commit, "begin", 0, "when it made the new file"),
-                    (writing, "fit_head", 0, "when it made HDF5's metadata"),
+                    (writing, "build_head", 0, "when it made HDF5's metadata"),
                     (writing.commit, "put_head", 0, "when it made HDF5's metadata"),
                     (writing, "wait_for", self.last, "when it opened the new file"),
                     (moving, "block_digests", self.last, "while it wrote its part"),

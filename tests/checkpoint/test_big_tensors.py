@@ -25,7 +25,7 @@ from harness.checkpoint.digest import digest, root
 from harness.checkpoint.engines import Engine
 from harness.checkpoint.engines.direct import Direct
 from harness.checkpoint.engines.mpio import Mpio, unavailable
-from harness.checkpoint.file import fit_head
+from harness.checkpoint.file import build_head
 from harness.checkpoint.layout import Layout, lay_out
 from harness.checkpoint.manifest import Manifest, render
 from harness.checkpoint.plan import make_plan
@@ -75,7 +75,8 @@ def save(directory: Path, engine: Engine) -> tuple[Path, list[np.ndarray], list[
     """A checkpoint with marks at the borders."""
     temporary = directory / "step-00000001.tmp-x"
     temporary.mkdir(parents=True)
-    layout, head = fit_head(lay_out(LEAVES), {}, directory / "scratch")
+    layout = lay_out(LEAVES)
+    head = build_head(layout, {})
     arrays = [zeros(directory / f"source-{i}", leaf.nbytes) for i, leaf in enumerate(layout.leaves)]
     marks = borders(layout)
     for number, (leaf, at) in enumerate(marks):

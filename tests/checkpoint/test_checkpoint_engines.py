@@ -81,7 +81,7 @@ class Sample:
         path = directory / commit.DATA
         path.unlink(missing_ok=True)
         commit.begin(directory, self.layout)
-        commit.put_head(directory, self.layout, build_head(self.layout, {}, directory / "scratch"))
+        commit.put_head(directory, self.layout, build_head(self.layout, {}))
         return path
 
     def check(self, path: Path, digests: dict[int, int]) -> None:

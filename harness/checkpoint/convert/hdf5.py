@@ -1,8 +1,7 @@
 """One plain HDF5 file: each tensor a dataset under its path, as in a checkpoint, and nothing else.
 
-Second names are hard links. Written without MPI, also where h5py is built with it: HDF5 lays the file out, the bytes
-are then written to their places. bfloat16 is a float of its own, float8 are bytes with an attribute `dtype`, as in a
-checkpoint (`file.hdf5_type`).
+Second names are hard links. It is written without h5py, and read with it. bfloat16 is a float of its own, float8 are
+bytes with an attribute `dtype`, as in a checkpoint (`checkpoint.hdf5`).
 """
 
 from __future__ import annotations
@@ -19,8 +18,10 @@ import numpy as np
 from harness.checkpoint.convert.inputs import Input
 from harness.checkpoint.convert.names import unescape
 from harness.checkpoint.convert.tensor import Read, Source, Tensor, Wanted, checked_shape, pieces
-from harness.checkpoint.file import hdf5_type, properties, write_all
-from harness.checkpoint.schema import ITEMSIZE
+from harness.checkpoint.file import write_all
+from harness.checkpoint.hdf5 import metadata, metadata_size
+from harness.checkpoint.layout import LARGE, PAGE
+from harness.checkpoint.schema import ITEMSIZE, Leaf, check_schema
 from harness.checkpoint.shards import boxes
 from harness.checkpoint.tensors import Bytes
 from harness.errors import DataError
@@ -45,42 +46,23 @@ def without_mpi() -> None:
 
 def write(path: Path, tensors: Sequence[Tensor], aliases: Mapping[str, str]) -> None:
     """Names are paths. Raises DataError, OSError."""
-    places = _lay_out(path, tensors, aliases)
-    descriptor = os.open(path, os.O_WRONLY | os.O_NOFOLLOW | os.O_CLOEXEC)
+    leaves = [Leaf(tensor.name, tensor.dtype, tensor.shape) for tensor in tensors]
+    check_schema([*leaves, *(Leaf(name, "bool", ()) for name in aliases)])
+    starts, end = [], metadata_size(leaves, aliases)
+    for leaf in leaves:
+        unit = PAGE if leaf.nbytes >= LARGE else leaf.itemsize
+        starts.append(-(-end // unit) * unit)
+        end = starts[-1] + leaf.nbytes
+    descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC, 0o666)
     try:
-        for tensor in tensors:
-            at = places[tensor.name]
+        os.ftruncate(descriptor, end)
+        write_all(descriptor, metadata(leaves, starts, aliases, base=0, end=end), 0)
+        for tensor, at in zip(tensors, starts, strict=True):
             for data in pieces(tensor):
                 write_all(descriptor, data, at)
                 at += len(data)
     finally:
         os.close(descriptor)
-
-
-def _lay_out(path: Path, tensors: Sequence[Tensor], aliases: Mapping[str, str]) -> dict[str, int]:
-    """Make the file without its data. Returns where in it each tensor's bytes belong."""
-    import h5py
-    from h5py import h5d, h5f, h5s, h5t
-
-    access, plain, link = properties()
-    link.set_create_intermediate_group(True)
-    file = h5f.create(os.fsencode(path), h5f.ACC_EXCL, None, access)
-    places: dict[str, int] = {}
-    try:
-        for tensor in tensors:
-            space = h5s.create_simple(tensor.shape) if tensor.shape else h5s.create(h5s.SCALAR)
-            dataset = h5d.create(file, None, hdf5_type(h5t, tensor.dtype), space, plain)
-            h5py.h5o.link(dataset, file, tensor.name.encode(), link)
-            if tensor.dtype.startswith("float8"):
-                h5py.AttributeManager(h5py.Dataset(dataset))["dtype"] = np.bytes_(tensor.dtype)
-            places[tensor.name] = dataset.get_offset() if tensor.nbytes else 0
-        for name, target in aliases.items():
-            file.links.create_hard(name.encode(), file, target.encode(), link)
-    except (ValueError, RuntimeError, KeyError) as error:
-        raise DataError(f"HDF5 cannot make the file: {error}") from error
-    finally:
-        file.close()
-    return places
 
 
 def read(path: Path, wanted: Wanted) -> Source:
@@ -193,9 +175,9 @@ def _dtype(path: Path, name: str, dataset: Any) -> str:
     from h5py import h5t
 
     kind = dataset.get_type()
-    if kind.equal(hdf5_type(h5t, "bfloat16")):
+    if kind.equal(_hdf5_type(h5t, "bfloat16")):
         return "bfloat16"
-    if kind.equal(hdf5_type(h5t, "complex32")):
+    if kind.equal(_hdf5_type(h5t, "complex32")):
         return "complex32"
     try:
         known = str(kind.dtype.newbyteorder("=").name)
@@ -215,7 +197,7 @@ def _dtype(path: Path, name: str, dataset: Any) -> str:
 def _reader(path: Path, name: str, dataset: Any, dtype: str, shape: tuple[int, ...]) -> Read:
     from h5py import h5s, h5t
 
-    memory = hdf5_type(h5t, dtype)
+    memory = _hdf5_type(h5t, dtype)
 
     def read(lo: int, hi: int) -> Bytes:
         data = np.empty(hi - lo, np.uint8)
@@ -234,3 +216,18 @@ def _reader(path: Path, name: str, dataset: Any, dtype: str, shape: tuple[int, .
         return data
 
     return read
+
+
+def _hdf5_type(h5t: Any, dtype: str) -> Any:
+    """The HDF5 type of a dtype, as checkpoints have it."""
+    if dtype == "bfloat16":
+        made = h5t.IEEE_F32LE.copy()
+        made.set_fields(15, 7, 8, 0, 7)
+        made.set_size(2)
+        made.set_precision(16)
+        made.set_ebias(127)
+        return made
+    if dtype == "complex32":
+        return h5t.py_create(np.dtype([("r", "<f2"), ("i", "<f2")]))
+    name = "uint8" if dtype.startswith("float8") else dtype
+    return h5t.py_create(np.dtype(name).newbyteorder("<"), logical=True)

@@ -19,7 +19,7 @@ from harness.checkpoint import commit, store
 from harness.checkpoint.comm import Json
 from harness.checkpoint.convert.tensor import PIECE, Tensor
 from harness.checkpoint.digest import Table, block_digests, root
-from harness.checkpoint.file import fit_head, write_all
+from harness.checkpoint.file import build_head, write_all
 from harness.checkpoint.layout import Layout, lay_out
 from harness.checkpoint.lease import Lease
 from harness.checkpoint.manifest import Manifest, render
@@ -51,7 +51,7 @@ def write_checkpoint(
         temporary = directory / f"{name}{commit.TEMPORARY}{identity}"
         temporary.mkdir()
         try:
-            layout, head = fit_head(layout, aliases, temporary / "scratch.h5")
+            head = build_head(layout, aliases)
             commit.begin(temporary, layout)
             commit.put_head(temporary, layout, head)
             table = _fill(temporary / commit.DATA, layout, {tensor.name: tensor for tensor in tensors})
