@@ -360,11 +360,10 @@ class Saver:
         if self._engine.background:
             self._running = self._thread.submit(self._writer.run, order, copying)
         now = sorted(set(range(len(buffers))) - set(late) - layout.parted) if late else None
-
         with copying.failing():
-            with copying.failing():
-                copying.check()
-                self._staging.fill(buffers, now, None if late or holders else copying.reach)
+            copying.check()
+            self._staging.fill(buffers, now, None if late or holders else copying.reach)
+        with copying.failing():
             if holders is not None:  # also where this rank could not copy: the others wait for its parts
                 exchange(layout, plan, holders, _parts(layout, snapshot), self._comm, self._staging.view)
         copying.waited = time.perf_counter() - order.began

@@ -183,6 +183,23 @@ def test_a_later_save_has_the_same_metadata(tmp_path: Path) -> None:
     assert found == build_head(manifest.layout, manifest.aliases)
 
 
+def test_a_file_comes_into_being_and_is_read_without_hdf5(tmp_path: Path) -> None:
+    script = f"""if True:
+        import sys
+        sys.modules["h5py"] = None
+        import numpy as np
+        from harness.checkpoint import Manager, Single, State, open_checkpoint
+        values = {{"a": np.arange(6.0), "b": np.ones(3, np.int8)}}
+        path = Manager({str(tmp_path)!r}, Single()).save(1, State(values=values), wait=True)
+        with open_checkpoint(path) as checkpoint:
+            assert checkpoint.read("values/a").sum() == 15
+        """
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    with h5py.File(tmp_path / "step-00000001" / "data.h5") as file:
+        assert file["values/a"][...].tolist() == [0, 1, 2, 3, 4, 5]
+
+
 def test_many_second_names_have_room_at_the_first_save(tmp_path: Path) -> None:
     layers = [torch.nn.Linear(3, 1, bias=False) for _ in range(1000)]
     for layer in layers:
