@@ -15,6 +15,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
 from harness.checkpoint.staging import Image
+from harness.errors import HarnessError
 
 
 class Copying:
@@ -75,9 +76,23 @@ class Copying:
         try:
             yield
         except BaseException as error:
-            with self._changed:
-                self.failure = self.failure or error
-                self._ended = self._ended or not isinstance(error, Exception)
-                self._changed.notify_all()
+            self._fail(error, end=not isinstance(error, Exception))
             if not isinstance(error, Exception):
                 raise
+
+    @contextmanager
+    def ending(self) -> Iterator[None]:
+        """What is raised in the block is the end of the copy, too: nobody waits for it in vain."""
+        try:
+            yield
+        except BaseException as error:
+            self._fail(error, end=True)
+            raise
+
+    def _fail(self, error: BaseException, *, end: bool) -> None:
+        if not isinstance(error, Exception):
+            error = HarnessError(f"it was interrupted ({type(error).__name__})")  # the thread that writes is not
+        with self._changed:
+            self.failure = self.failure or error
+            self._ended = self._ended or end
+            self._changed.notify_all()

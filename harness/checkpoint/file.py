@@ -19,6 +19,7 @@ from harness.checkpoint.layout import DIGESTS, PAGE, USER_BLOCK, Layout
 from harness.checkpoint.pages import aligned
 from harness.checkpoint.schema import Leaf
 from harness.checkpoint.tensors import Bytes
+from harness.errors import InternalError
 
 SUPERBLOCK = (USER_BLOCK, USER_BLOCK + PAGE)
 """The page without which the file is no HDF5 file. It is written last."""
@@ -29,11 +30,13 @@ HEAD_PIECE = 1 << 20
 def build_head(layout: Layout, aliases: Mapping[str, str]) -> bytes:
     """Bytes [USER_BLOCK, layout.head) of the file: the HDF5 metadata, then zeros.
 
-    `aliases`: second names of leaves. The table of digests is a data set, too.
+    `aliases`: second names of leaves, for which it was laid out. The table of digests is a data set, too.
     """
     table = Leaf(DIGESTS, "uint64", ((layout.data_start - layout.head) // 8,))
     leaves, starts = [table, *layout.leaves], [layout.head, *layout.starts.tolist()]
     made = metadata(leaves, starts, aliases, base=USER_BLOCK, end=layout.data_end)
+    if len(made) > layout.head - USER_BLOCK:
+        raise InternalError(f"{len(made)} bytes of HDF5 metadata have no room in {layout.head - USER_BLOCK}")
     return made.ljust(layout.head - USER_BLOCK, b"\0")
 
 

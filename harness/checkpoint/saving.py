@@ -354,19 +354,7 @@ class Saver:
         holders, plan = self._holders if layout.parted else None, self._plan(layout)
         images, error = attempt(lambda: self._staging.prepare(layout, plan))
         copying = Copying(images or [], error)
-        if self._comm.rank == 0 and order.form.head is None:
-            with copying.failing():
-                order.form.head = self._thread.submit(order.form.make_head, snapshot.aliases, copying)
-        if self._engine.background:
-            self._running = self._thread.submit(self._writer.run, order, copying)
         now = sorted(set(range(len(buffers))) - set(late) - layout.parted) if late else None
-        with copying.failing():
-            copying.check()
-            self._staging.fill(buffers, now, None if late or holders else copying.reach)
-        with copying.failing():
-            if holders is not None:  # also where this rank could not copy: the others wait for its parts
-                exchange(layout, plan, holders, _parts(layout, snapshot), self._comm, self._staging.view)
-        copying.waited = time.perf_counter() - order.began
 
         def copy_late() -> None:
             with copying.failing():
@@ -374,10 +362,22 @@ class Saver:
                 self._staging.fill(buffers, late, copying.reach)
             copying.end()
 
-        if late:
-            self._copied = self._thread.submit(copy_late)
-        else:
-            copying.end()
+        with copying.ending():
+            if self._comm.rank == 0 and not order.form.head.done():
+                order.form.head = self._thread.submit(order.form.make_head, snapshot.aliases, copying)
+            if self._engine.background:
+                self._running = self._thread.submit(self._writer.run, order, copying)
+            with copying.failing():
+                copying.check()
+                self._staging.fill(buffers, now, None if late or holders else copying.reach)
+            with copying.failing():
+                if holders is not None:  # also where this rank could not copy: the others wait for its parts
+                    exchange(layout, plan, holders, _parts(layout, snapshot), self._comm, self._staging.view)
+            copying.waited = time.perf_counter() - order.began
+            if late:
+                self._copied = self._thread.submit(copy_late)
+            else:
+                copying.end()
         if not self._engine.background:
             together(self._comm, order.step, "while it copied its part", copying.outcome)
             self._running = Future()

@@ -55,6 +55,8 @@ _NO_COMPONENT = frozenset(("", ".", ".."))
 _LONE = re.compile("[\ud800-\udfff]")
 """Halves of characters, which UTF-8 has not."""
 MAX_NAME = 4096
+MAX_COMPONENTS = 256
+"""Of a name: each one but the last is a group."""
 MAX_DIMENSIONS = 32
 MAX_LEAVES = 10_000_000
 MAX_BYTES = 1 << 60
@@ -138,7 +140,10 @@ def _problems(leaves: Sequence[Leaf]) -> Iterator[tuple[Leaf, str]]:
     yield from (
         (leaf, "has a name that is no path")
         for leaf in leaves
-        if len(leaf.name) > MAX_NAME or "\0" in leaf.name or not _NO_COMPONENT.isdisjoint(leaf.name.split("/"))
+        if len(leaf.name) > MAX_NAME
+        or "\0" in leaf.name
+        or leaf.name.count("/") >= MAX_COMPONENTS
+        or not _NO_COMPONENT.isdisjoint(leaf.name.split("/"))
     )
     yield from (
         (leaf, "has a name that is not Unicode text")

@@ -12,8 +12,8 @@ from __future__ import annotations
 import base64
 import time
 from collections.abc import Callable, Mapping
-from concurrent.futures import Future
-from dataclasses import dataclass
+from concurrent.futures import Future, wait
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -54,16 +54,16 @@ class Form:
 
     schema: str
     layout: Layout
-    head: Future[bytes] | None = None
+    head: Future[bytes] = field(default_factory=Future)
     """Rank 0: the HDF5 metadata, which a thread makes while the first save of this form is written."""
 
     @property
     def failed(self) -> bool:
         """Whether there cannot be a `head`."""
-        return self.head is not None and self.head.done() and self.head.exception() is not None
+        return self.head.done() and self.head.exception() is not None
 
     def make_head(self, aliases: dict[str, str], copying: Copying) -> bytes:
-        """`head`, begun when nothing is copied any more: Python does one after the other faster."""
+        """`head`, begun when nothing is copied any more: Python does one after the other faster than both at once."""
         copying.wait()
         prepare(self.layout, aliases)
         return build_head(self.layout, aliases)
@@ -129,17 +129,19 @@ class Writer:
             if self._begin(order):
                 data, head = order.temporary / commit.DATA, order.form.head
                 # While the first bytes are copied, the disk has nothing else to do. A collective engine needs rank 0.
-                early = head is not None and self.engine.background and head.done()
-                if head is not None and early:
+                early = self.comm.rank == 0 and self.engine.background and head.done()
+                if early:
                     when = "when it made HDF5's metadata"
                     commit.put_head(order.temporary, order.form.layout, head.result())
                 when = "when it opened the new file"
                 if self._open(data, order.form.layout.data_end):
                     when = "while it wrote its part"
                     digests = self.engine.write(data, order.form.layout, copying, self.comm)
-                if head is not None and not early:
+                if self.comm.rank == 0 and not early:
                     when = "when it made HDF5's metadata"
-                    commit.put_head(order.temporary, order.form.layout, head.result(self.timeout))
+                    if not wait([head], self.timeout).done:
+                        raise StorageError(f"they were not there after {self.timeout:g} s")
+                    commit.put_head(order.temporary, order.form.layout, head.result())
         except Exception as problem:
             error = problem
         copying.wait()
@@ -196,7 +198,6 @@ class Writer:
         return {"failed": None, "hint": None}
 
     def _publish(self, order: Order, said: Mapping[int, Any]) -> None:
-        assert order.form.head is not None
         form, taken, head = order.form, order.taken, order.form.head.result()
         table = np.zeros(form.layout.blocks, np.uint64)
         for message in said.values():

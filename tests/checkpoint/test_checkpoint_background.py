@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 import signal
 import threading
@@ -26,6 +27,7 @@ from harness.checkpoint import (
     latest,
     on_stop,
     open_checkpoint,
+    writing,
 )
 from harness.checkpoint import asked as asked_module
 from harness.checkpoint.engines.direct import Direct
@@ -133,6 +135,44 @@ def test_a_later_success_makes_up_for_a_failure(tmp_path: Path, monkeypatch: pyt
     saver.step(2, state)
     saver.close()
     assert steps(tmp_path) == [2]
+
+
+@pytest.mark.timeout(60)
+@pytest.mark.parametrize("raised", [RuntimeError("can't start new thread"), KeyboardInterrupt()])
+@pytest.mark.parametrize("at", [0, 1])
+@pytest.mark.parametrize("lazy", [False, True])
+def test_no_thread_is_left_waiting_where_one_cannot_begin(
+    lazy: bool, at: int, raised: BaseException, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The writer waits for the copy, and for HDF5's metadata at a first save: also where these never come."""
+    saver = manager(tmp_path, lazy=lazy, timeout=5.0)
+    model = Net()
+    state = State(model=model, optimizer=torch.optim.SGD(model.parameters(), 0.1, momentum=0.9))
+    pool = saver._saver._thread
+    submit, calls = pool.submit, itertools.count()
+
+    def refuse(*args: Any) -> Any:
+        if next(calls) == at:
+            raise raised
+        return submit(*args)
+
+    monkeypatch.setattr(pool, "submit", refuse)
+    with pytest.raises(type(raised)):
+        saver.save(1, state)
+    assert saver.save(2, state, wait=True) is not None
+    saver.close()
+    assert latest(tmp_path) == tmp_path / "step-00000002"
+
+
+def test_metadata_that_take_too_long_are_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    original = writing.build_head
+    monkeypatch.setattr(writing, "build_head", lambda *a: (time.sleep(2.0), original(*a))[1])
+    saver = manager(tmp_path, timeout=0.5)
+    with pytest.raises(SaveFailed, match=r"when it made HDF5's metadata: they were not there after 0.5 s"):
+        saver.save(1, State(values={"a": np.arange(6.0)}), wait=True)
+    monkeypatch.setattr(writing, "build_head", original)
+    assert saver.save(2, State(values={"a": np.arange(6.0)}), wait=True) is not None
+    saver.close()
 
 
 def test_lazy_saves_hold_the_state_of_the_call_and_the_optimizer_waits(

@@ -233,6 +233,9 @@ def test_names_and_choices(tmp_path: Path) -> None:
     assert names(only=["*"]) == ["t/%41", "t/..", "t/100%", "t/a/b", "u/k"]
     assert names(only=["u/*", "t/%2541"], strip="u/") == ["k", "t/%41"]
     assert names(only=["t/*b"], strip="") == ["t/a/b"]
+    export_checkpoint(source, tmp_path / "y.h5", only=["u/*"], strip="u")
+    with h5py.File(tmp_path / "y.h5") as plain:
+        assert list(plain) == ["k"], "of a path, the slash before it is no part"
     with pytest.raises(InputMissing, match=r"no tensor is called model/\*\n  the names begin with: t, u"):
         export_checkpoint(source, tmp_path / "z.npz")
     with pytest.raises(DataError, match="nothing is left of the name 'u/k'"):

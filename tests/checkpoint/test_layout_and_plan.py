@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from harness.checkpoint import schema
 from harness.checkpoint.layout import LARGE, MAX_BLOCK, PAGE, Layout, block_for, lay_out
 from harness.checkpoint.plan import make_plan
-from harness.checkpoint.schema import ITEMSIZE, MAX_NAME, Leaf, check_schema, escape, schema_hash
+from harness.checkpoint.schema import ITEMSIZE, MAX_COMPONENTS, MAX_NAME, Leaf, check_schema, escape, schema_hash
 from harness.checkpoint.shards import boxes
 from harness.errors import DataError
 
@@ -177,6 +177,7 @@ def test_blocks_grow_with_the_file() -> None:
         ([Leaf("", "float32", ())], "no path"),
         ([Leaf("a\0", "float32", ())], "no path"),
         ([Leaf("a" * (MAX_NAME + 1), "float32", ())], "no path"),
+        ([Leaf("a/" * MAX_COMPONENTS + "a", "float32", ())], "no path"),
         ([Leaf("a\ud800", "float32", ())], "not Unicode"),
         ([Leaf("_ckpt/digest", "float32", ())], "reserved"),
         ([Leaf("a", "object", ())], "dtype object"),

@@ -45,8 +45,9 @@ def without_mpi() -> None:
 
 
 def write(path: Path, tensors: Sequence[Tensor], aliases: Mapping[str, str]) -> None:
-    """Names are paths. Raises DataError, OSError."""
-    leaves = [Leaf(tensor.name, tensor.dtype, tensor.shape) for tensor in tensors]
+    """Names are paths; slashes at their ends count for nothing. Raises DataError, OSError."""
+    leaves = [Leaf(tensor.name.strip("/"), tensor.dtype, tensor.shape) for tensor in tensors]
+    aliases = {name.strip("/"): target.strip("/") for name, target in aliases.items()}
     check_schema([*leaves, *(Leaf(name, "bool", ()) for name in aliases)])
     starts, end = [], metadata_size(leaves, aliases)
     for leaf in leaves:
