@@ -8,7 +8,8 @@ sections of which stand beside them.
     superblock, object header of each data set, then of each group: object header, local heap with its names, symbol
     table nodes (of 8 links), B-tree nodes from the lowest level to the root (of 32 nodes below)
 
-All of it is in that order without gaps. Addresses count from `base`, the end of the user block.
+All of it is in that order without gaps. Addresses count from `base`, the end of the user block. Names are UTF-8, which
+symbol tables cannot say.
 """
 
 from __future__ import annotations

@@ -19,6 +19,7 @@ from harness.checkpoint.plan import make_plan
 from harness.checkpoint.schema import Leaf
 from harness.checkpoint.staging import Image, Staging
 from harness.checkpoint.tensors import Buffer
+from harness.errors import HarnessError
 
 
 def images(count: int) -> list[Image]:
@@ -71,7 +72,7 @@ def test_an_interruption_is_raised_and_ends_the_waiting() -> None:
     with pytest.raises(KeyboardInterrupt), copying.failing():
         raise KeyboardInterrupt
     copying.wait()  # though nobody says `end`
-    with pytest.raises(KeyboardInterrupt):
+    with pytest.raises(HarnessError, match="it was interrupted"):  # who writes is told, and is not interrupted
         list(copying)
 
 
