@@ -31,12 +31,11 @@ _DATASPACE, _DATATYPE, _FILL, _LAYOUT, _ATTRIBUTE, _SYMBOLS = 1, 3, 5, 8, 12, 17
 """Types of messages."""
 
 
-def metadata_size(leaves: Iterable[Leaf], links: Iterable[str] = ()) -> int:
+def metadata_size(leaves: Sequence[Leaf], links: Iterable[str] = ()) -> int:
     """Bytes of `metadata` for data sets like these leaves and second names for them."""
-    datasets = [*leaves]
-    size = _SUPERBLOCK + sum(8 * len(leaf.shape) for leaf in datasets)
-    size += sum(count * _fixed_size(dtype) for dtype, count in Counter(leaf.dtype for leaf in datasets).items())
-    return size + sum(map(_group_size, _children([*(leaf.name for leaf in datasets), *links]).values()))
+    size = _SUPERBLOCK + sum(8 * len(leaf.shape) for leaf in leaves)
+    size += sum(count * _fixed_size(dtype) for dtype, count in Counter(leaf.dtype for leaf in leaves).items())
+    return size + sum(map(_group_size, _children([*(leaf.name for leaf in leaves), *links]).values()))
 
 
 def metadata(leaves: Sequence[Leaf], starts: Sequence[int], links: Mapping[str, str], *, base: int, end: int) -> bytes:
@@ -172,11 +171,8 @@ def _group(at: int, links: Sequence[tuple[bytes, bytes]]) -> tuple[bytes, bytes]
     names = [_padded(name + b"\0") for name, _ in links]
     ends = [*accumulate(map(len, names), initial=8)]  # the heap begins with a name that is before all others
     heap = at + _GROUP
-    parts = [
-        struct.pack("<4s4x3Q", b"HEAP", ends[-1], 1, heap + _HEAP),
-        bytes(8),
-        *names,
-    ]  # III.D; 1: the library's "none free"
+    # III.D. 1: the library's "none free".
+    parts = [struct.pack("<4s4x3Q", b"HEAP", ends[-1], 1, heap + _HEAP), bytes(8), *names]
     entries = [struct.pack("<Q", offset) + entry for offset, (_, entry) in zip(ends, links, strict=False)]
     address = heap + _HEAP + ends[-1]
     below = []  # (address, the last name) of the nodes of a level

@@ -133,7 +133,7 @@ def lay_out(leaves: Iterable[Leaf], *, links: Iterable[str] = (), block: int | N
     unit = block_for(total) if block is None else block
     table = -(-max(1, -(-total // unit)) * 8 // PAGE) * PAGE
     # data_start is a multiple of the block, so that blocks, hence ranks, meet on page and stripe boundaries.
-    least = USER_BLOCK + metadata_size([*ordered, Leaf(DIGESTS, "uint64", (0,))], links)
+    least = USER_BLOCK + metadata_size([*ordered, Leaf(DIGESTS, "uint64", (table // 8,))], links)
     data_start = -(-(least + table) // unit) * unit
     return Layout(
         tuple(ordered), starts + data_start, ends + data_start, data_start - table, data_start, data_start + total, unit

@@ -204,6 +204,8 @@ def _layout(file: dict[str, Any], listed: Any) -> Layout:
     data_start = _integer(file["data_start"], head, MAX_BYTES)
     data_end = _integer(file["data_end"], data_start, MAX_BYTES)
     names, dtypes, shapes, placements, offsets = _columns(listed)
+    for number in (number for shape in shapes for number in shape if type(number) is not int):
+        raise ValueError(f"{str(number)[:40]} is not a length")
     leaves = tuple(map(Leaf, names, dtypes, map(tuple, shapes), placements))
     check_schema(leaves)
     _integer(max(offsets, default=0), 0, MAX_BYTES)
@@ -227,8 +229,6 @@ def _columns(listed: list[Any]) -> list[list[Any]]:
     for column, kind in zip(columns, _LEAF.values(), strict=True):
         for index in (index for index, value in enumerate(column) if type(value) is not kind):
             raise ValueError(f"leaf {index} is not described as it should be")
-    for number in (number for shape in columns[2] for number in shape if type(number) is not int):
-        raise ValueError(f"{str(number)[:40]} is not a length")
     return columns
 
 
@@ -236,8 +236,8 @@ def _aliases(value: dict[str, Any], layout: Layout) -> dict[str, str]:
     by_name = {leaf.name: leaf for leaf in layout.leaves}
     if any(not isinstance(target, str) or target not in by_name for target in value.values()):
         raise ValueError("an alias stands for no leaf")
-    if value:  # second names obey the rules of first ones
-        check_schema([*layout.leaves, *(Leaf(name, "bool", ()) for name in value)])
+    if value:
+        check_schema(layout.leaves, value)
     return value
 
 

@@ -16,7 +16,7 @@ import queue
 import socket
 import time
 import uuid
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
@@ -356,10 +356,13 @@ class Saver:
         copying = Copying(images or [], error)
         now = sorted(set(range(len(buffers))) - set(late) - layout.parted) if late else None
 
-        def copy_late() -> None:
+        def copy(leaves: list[int] | None, reached: Callable[[int], None] | None) -> None:
             with copying.failing():
                 copying.check()
-                self._staging.fill(buffers, late, copying.reach)
+                self._staging.fill(buffers, leaves, reached)
+
+        def copy_late() -> None:
+            copy(late, copying.reach)
             copying.end()
 
         with copying.ending():
@@ -367,9 +370,7 @@ class Saver:
                 order.form.head = self._thread.submit(order.form.make_head, snapshot.aliases, copying)
             if self._engine.background:
                 self._running = self._thread.submit(self._writer.run, order, copying)
-            with copying.failing():
-                copying.check()
-                self._staging.fill(buffers, now, None if late or holders else copying.reach)
+            copy(now, None if late or holders else copying.reach)
             with copying.failing():
                 if holders is not None:  # also where this rank could not copy: the others wait for its parts
                     exchange(layout, plan, holders, _parts(layout, snapshot), self._comm, self._staging.view)

@@ -102,8 +102,9 @@ def unescape(component: str) -> str:
     return "" if component == "%" else unquote(component)
 
 
-def check_schema(leaves: Sequence[Leaf]) -> None:
-    """Raises DataError where the leaves cannot be datasets of one HDF5 file. O(n)."""
+def check_schema(leaves: Sequence[Leaf], links: Iterable[str] = ()) -> None:
+    """Raises DataError where the leaves, and second names of them, cannot be in one HDF5 file. O(n)."""
+    leaves = [*leaves, *(Leaf(name, "bool", ()) for name in links)]  # second names obey the rules of first ones
     if len(leaves) > MAX_LEAVES:
         raise DataError(f"{len(leaves)} tensors are more than the {MAX_LEAVES} of one checkpoint")
     names = {leaf.name for leaf in leaves}
@@ -151,9 +152,7 @@ def _problems(leaves: Sequence[Leaf]) -> Iterator[tuple[Leaf, str]]:
         if not leaf.name.isascii() and _LONE.search(leaf.name)
     )
     yield from (
-        (leaf, f"is called {RESERVED}, which is reserved")
-        for leaf in leaves
-        if leaf.name.startswith(RESERVED) and leaf.name.partition("/")[0] == RESERVED
+        (leaf, f"is called {RESERVED}, which is reserved") for leaf in leaves if leaf.name.partition("/")[0] == RESERVED
     )
     yield from (
         (leaf, f"has the dtype {leaf.dtype}, which checkpoints do not know")

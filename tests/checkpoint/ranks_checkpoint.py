@@ -331,7 +331,7 @@ class Checks:
         assert "read='fast' is unknown; it is exchange or all" in message
 
     def check_each_block_is_read_once(self) -> None:
-        """Also where reading began before it was known what is wanted."""
+        """By all ranks together, where they exchange."""
         from harness.checkpoint.blocks import Blocks
 
         path = self.manager("once").save(1, State(**trained_state()), wait=True)

@@ -104,7 +104,6 @@ names = st.lists(st.text("ab.é/", min_size=1, max_size=4), min_size=1, max_size
 )
 @settings(max_examples=60, deadline=None)
 def test_any_tree(tensors: dict[str, Any], second: list[tuple[int, str]], base: int) -> None:
-    leaves: list[Leaf] = []
     taken: set[str] = set()
 
     def free(name: str) -> bool:

@@ -48,7 +48,7 @@ def write(path: Path, tensors: Sequence[Tensor], aliases: Mapping[str, str]) -> 
     """Names are paths; slashes at their ends count for nothing. Raises DataError, OSError."""
     leaves = [Leaf(tensor.name.strip("/"), tensor.dtype, tensor.shape) for tensor in tensors]
     aliases = {name.strip("/"): target.strip("/") for name, target in aliases.items()}
-    check_schema([*leaves, *(Leaf(name, "bool", ()) for name in aliases)])
+    check_schema(leaves, aliases)
     starts, end = [], metadata_size(leaves, aliases)
     for leaf in leaves:
         unit = PAGE if leaf.nbytes >= LARGE else leaf.itemsize

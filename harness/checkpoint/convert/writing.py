@@ -42,7 +42,7 @@ def write_checkpoint(
     no new checkpoint, and the others are as they were. Raises InUse where a job saves there.
     """
     leaves = [Leaf(tensor.name, tensor.dtype, tensor.shape) for tensor in tensors]
-    check_schema([*leaves, *(Leaf(name, "bool", ()) for name in aliases)])
+    check_schema(leaves, aliases)
     layout = lay_out(leaves, links=aliases)
     lease = Lease.acquire(directory)
     try:
