@@ -15,7 +15,7 @@ from typing import Any
 from harness.checkpoint.comm import Json
 from harness.checkpoint.restoring import Restore, Source, maker, matched
 from harness.checkpoint.schema import Leaf, Placement, escape, unescape
-from harness.checkpoint.shards import region_of
+from harness.checkpoint.shards import Region, region_of
 from harness.checkpoint.snapshot import Snapshot, take_tree
 from harness.checkpoint.tree import complete, decode
 from harness.errors import DataError
@@ -66,16 +66,20 @@ def take_module(module: Any, root: str, snapshot: Snapshot, record: dict[str, Js
 
 def prepare_module(module: Any, entry: str, source: Source, restore: Restore) -> None:
     root = escape(entry)
-    wanted = {f"{root}/{escape(name)}": tensor for name, tensor, _ in tensors_of(module)}
+    wanted: dict[str, Any] = {}
+    regions: dict[str, Region | None] = {}
+    for name, tensor, _ in tensors_of(module):
+        path = f"{root}/{escape(name)}"
+        wanted[path], regions[path] = tensor, region_of(restore.shards, entry, name)
     extra = f"{root}/_extra_state/"
     stored = {name: leaf for name, leaf in source.below(root).items() if not name.startswith(extra)}
-    regions = {f"{root}/{escape(n)}": region_of(restore.shards, entry, n) for n, _, _ in tensors_of(module)}
     filled: dict[object, tuple[str, Leaf]] = {}
     for name, tensor, leaf in matched(wanted, stored, restore):
-        first, used = filled.get(_identity(tensor), (name, leaf))
+        identity = _identity(tensor)
+        first, used = filled.get(identity, (name, leaf))
         if first == name:
             if restore.fill(name, tensor, leaf, regions[name]):
-                filled[_identity(tensor)] = name, leaf
+                filled[identity] = name, leaf
             continue
         restore.report.loaded.append(name)
         if used.name != leaf.name:

@@ -133,8 +133,7 @@ class Saver:
         if verdict["differ"]:
             self._tell_difference(step, taken)
         order = self._make_order(step, taken, verdict, began)
-        self._copy(order)
-        attempt(lambda: self._collector.remember(state, taken))  # else the next save looks at everything anew
+        self._copy(order, state)
         return order.final
 
     def outcome(self, *, wait: bool) -> Outcome | None:
@@ -346,7 +345,7 @@ class Saver:
             self._ordered = snapshot.buffers, layout, found
         return found
 
-    def _copy(self, order: Order) -> None:
+    def _copy(self, order: Order, state: State) -> None:
         """Copy this rank's slice (in lazy mode: what may change before the fence); meanwhile the writing begins."""
         layout, snapshot = order.form.layout, order.taken.snapshot
         buffers = self._in_order(layout, snapshot)
@@ -374,6 +373,8 @@ class Saver:
             with copying.failing():
                 if holders is not None:  # also where this rank could not copy: the others wait for its parts
                     exchange(layout, plan, holders, _parts(layout, snapshot), self._comm, self._staging.view)
+            # While the rest is written, and before the thread that makes HDF5's metadata wants Python for itself.
+            attempt(lambda: self._collector.remember(state, order.taken))  # else the next save looks at everything anew
             copying.waited = time.perf_counter() - order.began
             if late:
                 self._copied = self._thread.submit(copy_late)

@@ -63,7 +63,7 @@ class Snapshot:
         """The schema of this snapshot, once it is complete; the one before where nothing differs. Raises DataError."""
         before = self.before
         if before is None or (self.leaves, self.aliases) != (before.leaves, before.aliases):
-            check_schema(self.leaves)
+            check_schema(self.leaves, self.aliases)
             self.before = before = Schema(self.leaves, self.aliases, schema_hash(self.leaves, self.aliases))
         return before
 

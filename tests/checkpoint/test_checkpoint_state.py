@@ -14,8 +14,8 @@ from hypothesis import strategies as st
 from samples import OPTIMIZERS, Net, bits, manager, train
 from support import needs_mpirun, ranks
 
-from harness.checkpoint import Partial, State, open_checkpoint
-from harness.checkpoint.schema import ITEMSIZE
+from harness.checkpoint import Partial, SaveFailed, State, open_checkpoint
+from harness.checkpoint.schema import ITEMSIZE, MAX_NAME
 from harness.checkpoint.tree import complete, decode, encode
 from harness.errors import DataError
 
@@ -389,6 +389,15 @@ def test_numpy_arrays(tmp_path: Path) -> None:
     for name, array in arrays.items():
         np.testing.assert_array_equal(found[name], array)
         assert found[name].dtype == array.dtype
+
+
+def test_second_names_that_cannot_be_are_refused_before_anything_is_written(tmp_path: Path) -> None:
+    model = torch.nn.Module()
+    model.register_parameter("a", torch.nn.Parameter(torch.zeros(2)))
+    model.register_parameter("b" * (MAX_NAME + 1), model.a)
+    with pytest.raises(SaveFailed, match="a name that is no path"):
+        manager(tmp_path).save(1, State(model=model))
+    assert not list(tmp_path.glob("step-*"))
 
 
 def test_tied_weights_are_stored_once_and_fit_models_that_are_not_tied(tmp_path: Path) -> None:
