@@ -63,7 +63,7 @@ class Form:
         return self.head.done() and self.head.exception() is not None
 
     def make_head(self, aliases: dict[str, str], copying: Copying) -> bytes:
-        """`head`, begun when the thread that trains goes on: Python does one after the other faster than both at once."""
+        """`head`, begun when the thread that trains goes on: Python is faster at one after the other than at both."""
         copying.wait()
         prepare(self.layout, aliases)
         return build_head(self.layout, aliases)

@@ -396,7 +396,8 @@ def test_a_state_that_has_not_changed_its_shape_is_not_checked_again(monkeypatch
     first = take(state)
     checked: list[int] = []
     original = module.check_schema
-    monkeypatch.setattr(module, "check_schema", lambda leaves, links: (checked.append(len(leaves)), original(leaves, links)))
+    counting = lambda leaves, links: (checked.append(len(leaves)), original(leaves, links))  # noqa: E731
+    monkeypatch.setattr(module, "check_schema", counting)
     again = take(state, before=first.schema())
     assert not checked and again.schema() is first.schema()
     assert all(a is b for a, b in zip(first.leaves, again.leaves, strict=True))
