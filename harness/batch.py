@@ -75,6 +75,11 @@ def plan_of(config: Config, ranks: int, *, uneven: bool = False) -> BatchPlan:
     )
 
 
+def length_field(config: Config) -> str:
+    """The field that says how long a run is."""
+    return "train.steps" if config.train.steps is not None else "train.epochs"
+
+
 def plan_batch(
     *, global_batch: int, ranks: int, micro_batch: int | None, each: int = 1, uneven: bool = False
 ) -> BatchPlan:

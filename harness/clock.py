@@ -25,11 +25,17 @@ class Clock:
     """
 
     def __init__(self) -> None:
-        self.step: int | None = None
+        self.done: int | None = None
+        """Steps that were done before the one that is being taken."""
         self.place: tuple[str, float] = ("start", time.perf_counter())
         """The section, and when it was entered (by time.perf_counter): one value, so that both belong together."""
         self.seconds: dict[str, float] = {}
         self._inner = 0.0  # seconds of the sections within the current one
+
+    @property
+    def step(self) -> int | None:
+        """The step that is being taken, as people count them: once step 5 is done, 5 steps are."""
+        return None if self.done is None else self.done + 1
 
     @property
     def section(self) -> str:
@@ -39,9 +45,9 @@ class Clock:
     def section(self, name: str) -> None:
         self.place = (name, time.perf_counter())
 
-    def begin(self, step: int) -> None:
-        """A step begins; between its sections a rank is in `step`."""
-        self.step = step
+    def begin(self, done: int) -> None:
+        """A step begins, after so many; between its sections a rank is in `step`."""
+        self.done = done
         self.section = "step"
 
     @contextmanager

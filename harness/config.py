@@ -208,7 +208,7 @@ class Checkpoint(Section):
     buffers: Literal["rank0", "average"] = "rank0"
     """What becomes of statistics that differ between ranks (batch normalization), at each save and evaluation."""
     resume: bool = True
-    """Go on from the newest valid checkpoint of the run directory."""
+    """Go on from the newest valid checkpoint of the run directory; false: refuse to start where there is one."""
 
 
 class Log(Section):

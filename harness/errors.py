@@ -14,6 +14,16 @@ from dataclasses import dataclass
 from enum import IntEnum
 
 
+def some(things: Sequence[object], most: int = 10) -> str:
+    """A list in a sentence, however long it is.
+
+    >>> some(["a", "b"]), some(range(100), most=3)
+    ('a, b', '0, 1, 2 and 97 more')
+    """
+    more = f" and {len(things) - most} more" if len(things) > most else ""
+    return ", ".join(map(str, things[:most])) + more
+
+
 class Exit(IntEnum):
     """Exit codes of every `harness` command and of every rank."""
 

@@ -22,6 +22,7 @@ from contextlib import closing
 
 import torch
 
+from harness.batch import length_field
 from harness.data import Batch, train_batches
 from harness.errors import ConfigError, Stopped, StorageError
 from harness.evaluate import evaluate
@@ -45,8 +46,8 @@ def train(job: Job) -> None:
     if pulse.hear(first, job.world.exchange(question(job, pulse), "pulse")).stop:
         raise Stopped(f"stopped at step {first} of {job.steps} ({reason(job)}), before anything was done")
     if first >= job.steps or has_stopped_improving(job):
-        more = "train.steps" if job.config.train.steps is not None else "train.epochs"
-        job.sinks.say(f"{job.run.root} is finished: nothing to train after step {first}; a higher {more} goes on")
+        more = f"a higher {length_field(job.config)} goes on"
+        job.sinks.say(f"{job.run.root} is finished: nothing to train after step {first}; {more}")
         finish(job, started, first)
         return
     job.sinks.say(describe(job))
@@ -61,7 +62,7 @@ def train(job: Job) -> None:
 
             if not result.finite:
                 skipped += 1
-                handle_nonfinite(job, step, losses, skipped)
+                handle_nonfinite(job, done, losses, skipped)
             else:
                 skipped = 0
             last = done == job.steps

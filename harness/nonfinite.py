@@ -20,6 +20,8 @@ HINT = "a lower optim.lr or train.clip_norm may help; train.nonfinite=skip goes 
 def handle_nonfinite(job: Job, step: int, losses: list[torch.Tensor], skipped: int) -> None:
     """Every rank is here for the same step, since all have the same reduced gradient. Collective where it stops.
 
+    `step`: as people count, from 1.
+
     Ranks that take steps of their own (`Update.together` is false) come here alone, and end alone.
     """
     policy = job.config.train.nonfinite
@@ -29,7 +31,7 @@ def handle_nonfinite(job: Job, step: int, losses: list[torch.Tensor], skipped: i
         _handle_alone(job, step, losses, skipped)
         return
     values = [str(told).split() for told in job.world.comm.all_gather(" ".join(str(float(x)) for x in losses))]
-    begin = step * job.plan.global_batch
+    begin = (step - 1) * job.plan.global_batch
     ids = job.order.ids(begin, begin + job.plan.global_batch)
     shares = [job.plan.share(job.world.groups.grid.place(rank).replica) for rank in range(job.world.size)]
     culprits = {
@@ -61,7 +63,7 @@ def _handle_alone(job: Job, step: int, losses: list[torch.Tensor], skipped: int)
     if job.config.train.nonfinite == "skip" and skipped < SKIPS_IN_A_ROW:
         print(f"step {step}: this rank's gradient is not finite, skipped here", flush=True)
         return
-    begin = step * job.plan.global_batch
+    begin = (step - 1) * job.plan.global_batch
     ids = job.order.ids(*(begin + at for at in job.plan.share(job.world.replica))).tolist()
     values = ", ".join(str(float(loss)) for loss in losses[:8])
     raise InternalError(

@@ -24,9 +24,9 @@ Collective in the replica."""
 def one_by_one(job: Job, batches: Iterator[Batch]) -> list[torch.Tensor]:
     """Each micro batch forward and backward before the next."""
     losses = []
-    assert job.clock.step is not None
+    assert job.clock.done is not None
     for number in range(job.plan.passes):
-        job.spread.draws.key = job.config.seed, job.clock.step, job.world.replica, number
+        job.spread.draws.key = job.config.seed, job.clock.done, job.world.replica, number
         with job.clock("data"):
             batch = next(batches)
             data = to_device(batch.data, job.world.device)

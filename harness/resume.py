@@ -9,10 +9,10 @@ from __future__ import annotations
 
 import os
 
-from harness.checkpoint import State, latest
+from harness.checkpoint import State
 from harness.checkpoint.state import Misfit
 from harness.checkpoint.store import roll_back
-from harness.errors import ConfigError, DataError
+from harness.errors import DataError
 from harness.job import Job
 from harness.rundir import ROLL_BACK
 
@@ -43,12 +43,6 @@ def from_disk(job: Job, state: State) -> int | None:
     """Restore the newest checkpoint and return its step, None where there is none. Collective."""
     if job.world.is_root and (name := os.environ.get(ROLL_BACK)):
         roll_back(job.run.checkpoints, job.run.checkpoints / name)  # two starts have failed from a newer one
-    found = job.world.is_root and not job.config.checkpoint.resume and latest(job.run.checkpoints) is not None
-    if job.world.comm.broadcast(found):
-        raise ConfigError(
-            f"{job.run.root} already holds checkpoints, and checkpoint.resume is false",
-            hint="choose another run_dir, or let it resume",
-        )
     try:
         return job.manager.restore(state)
     except Misfit as error:  # its own hint is for programs that call `restore` themselves

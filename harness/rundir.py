@@ -71,7 +71,7 @@ class Attempt:
 
     def heartbeats(self) -> dict[int, Heartbeat]:
         """The last readable heartbeat of each rank."""
-        found = [parse(_read_object(path)) for path in (self.root / "heartbeats").glob("rank-*.json")]
+        found = [parse(read_object(path)) for path in (self.root / "heartbeats").glob("rank-*.json")]
         return {one.rank: one for one in sorted(filter(None, found), key=lambda one: one.rank)}
 
     def forget(self, size: int) -> list[dict[str, Any]]:
@@ -97,7 +97,7 @@ class Attempt:
 
     def errors(self) -> list[dict[str, Any]]:
         """All readable error files, the cause first: by time, but Horovod's "a peer is gone" comes last."""
-        found = [_read_object(path) for path in sorted((self.root / "errors").glob("rank-*.json"))]
+        found = [read_object(path) for path in sorted((self.root / "errors").glob("rank-*.json"))]
         return sorted((error for error in found if error), key=_precedence)
 
 
@@ -166,7 +166,7 @@ class RunDir:
 
     def read_status(self) -> dict[str, Any]:
         """The last status, {} before the first."""
-        return _read_object(self.status)
+        return read_object(self.status)
 
 
 def make_root(config: Config) -> RunDir:
@@ -184,25 +184,21 @@ def make_root(config: Config) -> RunDir:
 def open_run(config: Config) -> RunDir:
     """Make or enter the run directory of a config and freeze the config in it. Idempotent; one process calls it.
 
-    A run goes on only with a config of the same mathematics (`harness.config.MATHEMATICS`), unless all its starts ended
-    before the first step: a mistake that was found then binds nobody. Where other fields differ,
-    the new config is frozen and the old one kept as `config.<n>.yaml`. Raises ConfigError naming what differs,
+    `checkpoint.resume: false` is about this start, which must be the first one that saves; the run's later starts go on
+    from its checkpoints. A run goes on only with a config of the same mathematics (`harness.config.MATHEMATICS`),
+    unless all its starts ended before the first step: a mistake that was found then binds nobody. Where other fields
+    differ, the new config is frozen and the old one kept as `config.<n>.yaml`. Raises ConfigError naming what differs,
     StorageError where the directory cannot be made or written.
     """
-    from harness.config import FREE, MATHEMATICS
     from harness.frozen import compare, freeze
-    from harness.resolve import resolve
 
     run = make_root(config)
-    if not os.path.lexists(run.config):
+    frozen = find_frozen(run, config)
+    if not config.checkpoint.resume:
+        config = config.model_copy(update={"checkpoint": config.checkpoint.model_copy(update={"resume": True})})
+    if frozen is None:
         write_atomic(run.config, freeze(config))
         return run
-    frozen = resolve(run.config).config
-    if (changed := compare(frozen, config, under=MATHEMATICS, but=FREE)) and not _never_trained(run):
-        raise ConfigError(
-            "\n  ".join([f"{run.root} holds a run that computes something else than this config:", *changed]),
-            hint="choose another run_dir, or go on with that run's values",
-        )
     if compare(frozen, config, under=tuple(type(config).model_fields)):
         with storage_errors(run.config):
             before = run.config.read_text(encoding="utf-8")
@@ -214,9 +210,37 @@ def open_run(config: Config) -> RunDir:
     return run
 
 
+def find_frozen(run: RunDir, config: Config) -> Config | None:
+    """The config of what is in a run directory, None where nothing is. Raises ConfigError where this one cannot go on.
+
+    Writes nothing.
+    """
+    from harness.config import FREE, MATHEMATICS
+    from harness.frozen import compare
+    from harness.resolve import resolve
+
+    if not config.checkpoint.resume and _has_checkpoints(run):
+        raise ConfigError(
+            f"{run.root} already holds checkpoints, and checkpoint.resume is false",
+            hint="choose another run_dir, or go on from them with checkpoint.resume=true",
+        )
+    if not os.path.lexists(run.config):
+        return None
+    frozen = resolve(run.config).config
+    if (changed := compare(frozen, config, under=MATHEMATICS, but=FREE)) and not _never_trained(run):
+        raise ConfigError(
+            "\n  ".join([f"{run.root} holds a run that computes something else than this config:", *changed]),
+            hint="choose another run_dir, or go on with that run's values",
+        )
+    return frozen
+
+
 def _never_trained(run: RunDir) -> bool:
-    saved = any(run.checkpoints.glob("step-*")) if run.checkpoints.is_dir() else False
-    return bool(run.attempts()) and not saved and not run.read_status().get("step")
+    return bool(run.attempts()) and not _has_checkpoints(run) and not run.read_status().get("step")
+
+
+def _has_checkpoints(run: RunDir) -> bool:
+    return any(run.checkpoints.glob("step-*")) if run.checkpoints.is_dir() else False
 
 
 @contextmanager
@@ -263,7 +287,8 @@ def _precedence(error: dict[str, Any]) -> tuple[bool, float]:
     return error.get("type") in CONSEQUENCES, float(time) if isinstance(time, (int, float)) else 0.0
 
 
-def _read_object(path: Path) -> dict[str, Any]:
+def read_object(path: Path) -> dict[str, Any]:
+    """The JSON object in a file, {} where there is none."""
     try:
         value = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError):

@@ -23,11 +23,10 @@ from harness.batch import plan_of
 from harness.config import Config
 from harness.errors import ConfigError, Exit, InternalError
 from harness.resolve import freeze
-from harness.rundir import RunDir, storage_errors, write_atomic
+from harness.rundir import RunDir, read_object, storage_errors, write_atomic
 from launch import filesystem, processes
 from launch.bench_show import show
 from launch.plan import Plan, make_plan
-from launch.runs import read_object
 from launch.supervise import Requests, handling, say, supervise
 
 

@@ -151,7 +151,7 @@ def verify(
     place = locate(one)
     with _told(place.directory):
         if place.path is None and place.which is None:
-            paths = [stored.path for stored in listing(place.directory, aside=True)]
+            paths = [stored.path for stored in listing(place.directory, aside=True, broken=True)]
             if not paths:
                 raise InputMissing(f"there are no checkpoints in {place.directory}")
         else:

@@ -16,14 +16,12 @@ from launch.ckpt_show import bar, clean, number, print_json, print_table, tell
 if TYPE_CHECKING:
     from harness.checkpoint.policy import Keep
 
-_NAMED = 20
-
 
 def verify_all(paths: Sequence[Path], *, jobs: int | None, mark: bool, as_json: bool) -> int:
     """Read checkpoints whole, the newest first, and tell of each; the exit code."""
     from harness.checkpoint.store import Damaged, mark_damaged
     from harness.checkpoint.verify import verify
-    from harness.errors import DataError, Exit
+    from harness.errors import DataError, Exit, some
     from harness.units import show_size
 
     results: list[dict[str, Any]] = []
@@ -37,7 +35,7 @@ def verify_all(paths: Sequence[Path], *, jobs: int | None, mark: bool, as_json: 
                 report = verify(path, jobs=jobs, progress=progress)
             names, size = report.damaged, report.bytes
             if names:
-                proven, message = True, f"damaged: {_some(names)}"
+                proven, message = True, f"damaged: {some(names, 20)}"
         except DataError as error:
             proven, message = isinstance(error, Damaged) and error.proven, error.message
         seconds = time.perf_counter() - began
@@ -129,7 +127,3 @@ def prune_run(directory: Path, keep: Keep, *, dry_run: bool, aside: bool, as_jso
     for path in gone:
         print(f"{'would remove' if dry_run else 'removed'} {path.name}, {show_size(sizes[path])}")
     print(f"{len(gone)} {'would go' if dry_run else 'removed'}, {show_size(total)}; {len(stored) - len(gone)} stay")
-
-
-def _some(names: Sequence[str]) -> str:
-    return ", ".join(names[:_NAMED]) + (f" and {len(names) - _NAMED} more" if len(names) > _NAMED else "")

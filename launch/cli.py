@@ -24,6 +24,7 @@ from typer import BadParameter, TyperException
 from launch.ckpt import app as ckpt
 from launch.data import app as data
 
+_RUNS = Path("runs")
 LAUNCHERS = ("auto", "mpirun", "horovodrun", "srun", "local")
 
 app = typer.Typer(
@@ -170,14 +171,14 @@ def submit(
 
 @app.command()
 def status(
-    path: Annotated[Path, typer.Argument(metavar="[RUN|DIR]", help="A run, or a directory with runs.")] = Path("runs"),
+    path: Annotated[Path, typer.Argument(metavar="[RUN|DIR]", help="A run, or a directory with runs.")] = _RUNS,
     json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
     """Tell the state of a run, or of all runs below a directory."""
     from launch.runs import find_run
     from launch.status import status as show_status
 
-    show_status(path if path.is_dir() else find_run(path).root, as_json=json)
+    show_status(path if path.is_dir() or path == _RUNS else find_run(path).root, as_json=json)
 
 
 @app.command()
@@ -222,7 +223,9 @@ def show(
     discover: Discover = None,
 ) -> None:
     """Print what `run` would do: the config with the origin of every value, batch, command, batch script."""
+    from harness.named import check_classes
     from harness.resolve import resolve
+    from harness.rundir import RunDir, find_frozen
     from launch.show import show as show_all
 
     going = _elastic(elastic, min_ranks, max_ranks, discover)
@@ -230,6 +233,8 @@ def show(
     sites = [word for name in site or [] for word in ("--site", name)]
     resolved = resolve(config, values, sites=site or [])
     _for_elastic(resolved.config.launch.elastic, max_ranks, discover)
+    check_classes(resolved, in_job=True)  # it may be meant for a job
+    find_frozen(RunDir(Path(resolved.config.directory)), resolved.config)
     # inside a job the job's own hosts count, so -H and --hostfile are for here only
     again = [str(config), *(overrides or []), *_flags(ranks, None, None, launcher), *going, *sites]
     show_all(resolved, [str(config), *values, *sites], again)

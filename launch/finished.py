@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 
 from harness.rundir import RunDir
 from launch import jobs
-from launch.restart import checkpoints, step_of
+from launch.saved import checkpoints, step_of
 from launch.stop import stopped_by_user
 
 if TYPE_CHECKING:
@@ -33,6 +33,8 @@ def nothing_left(
     Jobs that come by themselves, those of a chain and those that Slurm starts again, respect that somebody has stopped
     the run. Raises ConfigError where the frozen config cannot be read.
     """
+    from harness.batch import length_field
+
     job = jobs.job_of(environ)
     by_itself = follow_up or (job is not None and bool(job["restarts"]))
     if by_itself and (by := stopped_by_user(run)) is not None:
@@ -41,8 +43,7 @@ def nothing_left(
         return None  # epochs of a data set that may have grown, which only ranks see
     if (step := finished(run, config)) is None:
         return None
-    more = "train.steps" if config.train.steps is not None else "train.epochs"
-    return f"{run.root} is finished: nothing to train after step {step}; a higher {more} goes on"
+    return f"{run.root} is finished: nothing to train after step {step}; a higher {length_field(config)} goes on"
 
 
 def finished(run: RunDir, config: Config) -> int | None:

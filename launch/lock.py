@@ -19,11 +19,10 @@ from collections.abc import Iterator
 from typing import TextIO
 
 from harness.errors import Unavailable
-from harness.rundir import RunDir, storage_errors
+from harness.rundir import RunDir, read_object, storage_errors
 from launch import processes
 from launch.ckpt_lease import nobody_saves
 from launch.jobs import job_of
-from launch.runs import read_object
 from launch.supervise import GRACE, say
 
 

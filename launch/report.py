@@ -262,7 +262,8 @@ def _silent(
         kind, why = killed(code - 128)
         head = f"error: the ranks were ended by {signal_name(code - 128)}{where()}{why}"
     else:
-        head = f"error: the ranks ended with code {code}{where()}; none of them left an error report"
+        meaning = " (a file could not be read or written)" if kind == "io" else ""
+        head = f"error: the ranks ended with code {code}{meaning}{where()}; none of them left an error report"
     said = [f"  | {line}" for line in noise[-20:]]
     return Ending(code, "failed", "\n".join([head, *(["the launcher said:"] if said else []), *said]), kind=kind)
 

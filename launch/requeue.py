@@ -14,9 +14,8 @@ import sys
 from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
-from harness.rundir import RunDir
+from harness.rundir import RunDir, read_object
 from launch import jobs
-from launch.runs import read_object
 from launch.stop import stopped_by_user
 
 if TYPE_CHECKING:

@@ -11,10 +11,8 @@ allows it.
 
 from __future__ import annotations
 
-import re
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 from harness.batch import plan_of
@@ -24,13 +22,13 @@ from launch.command import build
 from launch.hosts import place
 from launch.plan import Plan
 from launch.report import Ending, Kind
+from launch.saved import step_of
 
 if TYPE_CHECKING:
     from harness.config import Config, Restart
 
 AGAIN: tuple[Kind, ...] = ("crash", "hang", "memory", "lost", "io")
 """Kinds of ends that a restart may mend."""
-_NAME = re.compile(r"step-([0-9]{8,18})(?:-([0-9]{1,9}))?")
 
 
 @dataclass(frozen=True)
@@ -98,23 +96,6 @@ def _older(tried: Sequence[Tried], names: Sequence[str]) -> str | None:
     last = {one.began for one in tried[-2:]} | {one.saved for one in tried[-2:]}
     vain = last == {names[-1]} and not progressed(tried, len(tried) - 1)
     return names[-2] if vain and len(names) > 1 else None
-
-
-def checkpoints(directory: Path) -> list[str]:
-    """Names of the checkpoints in use, oldest first: complete, not found damaged, not set aside."""
-    found = []
-    for path in directory.glob("step-*"):
-        match = _NAME.fullmatch(path.name)
-        marked = any((path / mark).exists() for mark in ("damaged.json", "aside.json"))
-        if match and (path / "manifest.json").is_file() and not marked:
-            found.append((int(match[1]), int(match[2] or 1), path.name))
-    return [name for _, _, name in sorted(found)]
-
-
-def step_of(name: str | None) -> int:
-    """The step of a checkpoint's name, -1 for None."""
-    match = _NAME.fullmatch(name or "")
-    return int(match[1]) if match else -1
 
 
 def without(plan: Plan, host: str, config: Config) -> Plan | None:

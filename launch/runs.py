@@ -7,11 +7,8 @@ print(life.state, life.step)
 
 from __future__ import annotations
 
-import contextlib
 import fcntl
-import json
 import os
-import re
 import socket
 import time
 from collections.abc import Mapping, Sequence
@@ -20,13 +17,13 @@ from pathlib import Path
 from typing import Any
 
 from harness.errors import InputMissing
-from harness.rundir import CONSEQUENCES, Attempt, RunDir
+from harness.rundir import CONSEQUENCES, Attempt, RunDir, read_object
 from launch import jobs
+from launch.saved import checkpoints, step_of
 
 STALE = 600.0
 """Seconds after which a run on another host that cannot be asked is taken for dead."""
 DEPTH = 6
-_SAVED = re.compile(r"step-(\d{1,18})")
 
 
 @dataclass(frozen=True)
@@ -83,7 +80,9 @@ def find_run(name: str | Path) -> RunDir:
 def find_runs(folder: Path) -> list[RunDir]:
     """All runs in and below a directory, at most DEPTH levels down, by path. Raises InputMissing where it is none."""
     if not folder.is_dir():
-        raise InputMissing(f"there is no directory {folder}", hint="give a run, or a directory with runs")
+        raise InputMissing(
+            f"there is no directory {folder}", hint="`harness run CONFIG` starts a run; or give a directory with runs"
+        )
     found: list[RunDir] = []
     for root, folders, _ in os.walk(folder):
         path = Path(root)
@@ -173,7 +172,7 @@ def _life(run: RunDir, last: _Last, told: Mapping[str, str]) -> Life:
         rate=_number(status.get("rate")) if alive else None,
         eta_s=_number(status.get("eta_s")) if alive else None,
         loss=_number(status.get("loss")),
-        last_checkpoint=_newest(run),
+        last_checkpoint=step_of(saved[-1]) if (saved := checkpoints(run.checkpoints)) else None,
         attempts=last.count,
         ranks=_whole(last.command.get("ranks")),
         host=host,
@@ -223,28 +222,12 @@ def _why(run: RunDir, last: _Last, status: Mapping[str, Any], told: Mapping[str,
     return "it ended without a word" + (f"; Slurm says {slurm}" if slurm else "")
 
 
-def _newest(run: RunDir) -> int | None:
-    with contextlib.suppress(OSError):
-        found = (_SAVED.fullmatch(path.name) for path in run.checkpoints.iterdir() if (path / "manifest.json").exists())
-        return max((int(match[1]) for match in found if match), default=None)
-    return None
-
-
 def _in_table(inode: int) -> bool:
     try:
         lines = Path("/proc/locks").read_text().splitlines()
     except OSError:
         return True  # not told: the lock itself must be asked
     return any("FLOCK" in line and f":{inode} " in line for line in lines)
-
-
-def read_object(path: Path) -> dict[str, Any]:
-    """The JSON object in a file, {} where there is none."""
-    try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return {}
-    return value if isinstance(value, dict) else {}
 
 
 def _number(value: object) -> float | None:

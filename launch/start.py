@@ -23,7 +23,8 @@ from launch import processes
 from launch.jobs import job_of
 from launch.plan import Plan
 from launch.report import Ending
-from launch.restart import Tried, checkpoints, next_start, sentence, step_of, table, without
+from launch.restart import Tried, next_start, sentence, table, without
+from launch.saved import checkpoints, step_of
 from launch.supervise import Requests, handling, say, supervise
 
 if TYPE_CHECKING:

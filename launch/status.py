@@ -34,7 +34,7 @@ _COLOURS = {
 def status(path: Path, *, as_json: bool = False) -> None:
     """Print the state of a run, or of all runs below a directory. Raises InputMissing where there is none."""
     console = Console(highlight=False, soft_wrap=True)
-    if path.is_dir() and not is_run(path):
+    if not is_run(path):
         lives = look_at_all(find_runs(path))
         if as_json:
             print(json.dumps([asdict(life) for life in lives], indent=1))

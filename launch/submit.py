@@ -22,7 +22,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from harness.batch import plan_of
+from harness.batch import length_field, plan_of
 from harness.errors import ConfigError, HarnessError, Unavailable, UsageError
 from harness.rundir import RunDir, open_run, storage_errors, write_atomic, write_json
 from harness.units import duration
@@ -191,7 +191,7 @@ def _check_free(config: Config) -> None:
     if (step := finished(RunDir(path), config)) is not None:
         raise UsageError(
             f"{path} has finished at step {step}: there is nothing left to do",
-            hint="a higher train.steps goes on with it; another run_dir begins anew",
+            hint=f"a higher {length_field(config)} goes on with it; another run_dir begins anew",
         )
 
 

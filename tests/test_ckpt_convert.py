@@ -100,6 +100,8 @@ def test_import_makes_a_checkpoint_beside_the_others(run: Path, capsys: Any) -> 
         (["export", "exp", "old.pt"], 64, "old.pt is there already\n  give --force"),
         (["export", "exp", "exp/checkpoints/step-00000020/data.h5", "--force"], 64, "lies in the checkpoint itself"),
         (["export", "exp", "no/x.pt"], 66, "there is no directory no"),
+        (["export", "exp", "x" * 300 + ".pt"], 74, "was not written: File name too long"),
+        (["export", "exp", "/proc/x.pt"], 74, "kB to spare; 0 B are free"),
         (
             ["export", "exp", "x.pt", "--only", "nothing/*"],
             66,

@@ -12,6 +12,8 @@ from pathlib import Path
 
 import pytest
 
+from harness.resolve import resolve
+from harness.rundir import open_run
 from launch import cli
 
 CONFIG = """\
@@ -113,6 +115,17 @@ def test_show_tells_everything_and_starts_nothing(config: str, capsys) -> None:
     assert out.rstrip().endswith("run exp.yaml optim.lr=0.05 launch.ranks=2 launch.launcher=mpirun")
     columns = {line.index("# ") for line in out.partition("\n# batch\n")[0].splitlines()[1:] if "  # " in line}
     assert len(columns) == 1, "the origins are aligned"
+
+
+def test_show_refuses_what_run_would_refuse(config: str, capsys) -> None:
+    assert _ask(capsys, "show", config, "task.name=json:Nope")[0] == 78
+    frozen = open_run(resolve(Path(config)).config)
+    (frozen.checkpoints / "step-00000001").mkdir(parents=True)
+    before = sorted(Path.cwd().rglob("*"))
+    code, _, err = _ask(capsys, "show", config, "optim.lr=7")
+    assert code == 78
+    assert "computes something else" in err
+    assert sorted(Path.cwd().rglob("*")) == before
 
 
 def test_show_draws_which_rank_does_what(config: str, capsys) -> None:

@@ -156,11 +156,11 @@ def test_an_exception_on_one_rank_is_the_cause_that_is_told(folder: Path, rank: 
     done = run(folder, "run.yaml", "task.name=tasks_for_tests:Raises", f"task.args.rank={rank}", "-n", "2")
     assert done.returncode == 1
     cause = error(folder)
-    assert (cause["rank"], cause["step"], cause["section"]) == (rank, 4, "forward/backward")
+    assert (cause["rank"], cause["step"], cause["section"]) == (rank, 5, "forward/backward")
     assert (cause["type"], cause["message"]) == ("ValueError", "label 17 is out of range")
     told = done.stdout + done.stderr
     assert f"rank {rank}" in told
-    assert "step 4" in told
+    assert "step 5" in told
     assert "forward/backward" in told
     assert told.count("label 17 is out of range") <= 3  # the sentence, and the traceback's last two lines
     assert "in trouble" in told

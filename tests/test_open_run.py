@@ -17,7 +17,7 @@ from harness.config import FREE, MATHEMATICS, Config
 from harness.errors import ConfigError, Exit, StorageError
 from harness.frozen import compare, freeze, leaves
 from harness.resolve import resolve
-from harness.rundir import RunDir, open_run, write_json
+from harness.rundir import RunDir, find_frozen, open_run, write_json
 
 LEAST = ["name=x", "task.name=linear", "train.steps=9", "train.global_batch=8"]
 
@@ -56,6 +56,19 @@ def test_comments_in_an_equal_frozen_config_are_kept():
     run.config.write_text("# mine\n" + freeze(config()))
     open_run(config())
     assert run.config.read_text().startswith("# mine\n")
+
+
+def test_a_start_that_must_be_the_first_one_is_refused_where_there_are_checkpoints_and_binds_no_later_one():
+    run = open_run(config("checkpoint.resume=false"))
+    assert resolve(run.root).config.checkpoint.resume, "the run's own restarts go on from what it saves"
+    before = contents(run)
+    (run.checkpoints / "step-00000004").mkdir(parents=True)
+    for attempt in (open_run, lambda again: find_frozen(run, again)):
+        with pytest.raises(ConfigError, match=r"already holds checkpoints(.|\n)*checkpoint\.resume=true"):
+            attempt(config("checkpoint.resume=false"))
+    run.checkpoints.joinpath("step-00000004").rmdir()
+    run.checkpoints.rmdir()
+    assert contents(run) == before
 
 
 def test_free_fields_may_change_and_no_config_is_lost():

@@ -22,14 +22,13 @@ from launch.restart import (
     AGAIN,
     Next,
     Tried,
-    checkpoints,
     next_start,
     progressed,
     sentence,
-    step_of,
     table,
     without,
 )
+from launch.saved import checkpoints, step_of
 from launch.start import next_step
 
 CRASH = Ending(1, "failed", "error: it broke\n  details", 1)

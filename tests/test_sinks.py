@@ -16,8 +16,9 @@ from harness.config import Config
 from harness.errors import StorageError
 from harness.log import Tee
 from harness.rundir import RunDir
-from harness.sinks import open_sinks
+from harness.sinks import Sinks, open_sinks
 from harness.sinks.console import Console, describe, number
+from harness.sinks.jsonl import JsonLines
 
 CONFIG = {
     "name": "x",
@@ -73,6 +74,17 @@ def test_a_directory_that_is_not_there_is_a_sentence(tmp_path: Path) -> None:
     with pytest.raises((StorageError, Exception), match="not there") as told:
         open_sinks(Config.model_validate(CONFIG), RunDir(tmp_path / "no"), attempt=1, world_size=1, steps=2)
     assert "Traceback" not in str(told.value)
+
+
+def test_a_full_disk_is_told_of_once_and_training_goes_on(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    full, good = JsonLines(Path("/dev/full"), attempt=1), JsonLines(tmp_path / "metrics.jsonl", attempt=1)
+    sinks = Sinks([full, Console(steps=9), good])
+    for step in (1, 2):
+        sinks.record("train", step, loss=1.0)
+    told = "warning: no space left for /dev/full; training goes on without it"
+    assert capsys.readouterr().out.splitlines().count(told) == 1
+    assert len((tmp_path / "metrics.jsonl").read_text().splitlines()) == 2
+    sinks.close()
 
 
 def test_a_terminal_gets_a_bar_and_the_log_file_plain_lines(monkeypatch: pytest.MonkeyPatch) -> None:

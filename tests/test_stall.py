@@ -124,7 +124,7 @@ def test_a_rank_that_does_not_come_is_named_while_it_lasts_and_in_the_end(tmp_pa
     finally:
         run.end()
     assert code == 1, said
-    told = r"Horovod waits for rank 1 \(\S+, last seen in data at step 6\), which has not come to \S+"
+    told = r"Horovod waits for rank 1 \(\S+, last seen in data at step 7\), which has not come to \S+"
     assert re.search(rf"^warning: {told} for 2 s\n  `kill -QUIT \d+` on ", said, re.MULTILINE), said
     assert re.search(rf"^error: {told} for 2 s, .*give up", said, re.MULTILINE), said
     assert "stall_inspector" not in said and "Traceback" not in said

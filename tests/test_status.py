@@ -72,6 +72,16 @@ def test_a_running_run_in_full(running: RunDir, capsys: pytest.CaptureFixture[st
     assert said["attempts"].startswith("1, the last with 2 ranks from ")
 
 
+def test_the_checkpoint_is_the_one_that_a_restart_goes_on_from(running: RunDir) -> None:
+    assert look(running).last_checkpoint is None
+    saved(running, 4, 8, 12, 16)
+    assert look(running).last_checkpoint == 16
+    (running.checkpoints / "step-00000016" / "aside.json").write_text("{}")
+    (running.checkpoints / "step-00000012" / "damaged.json").write_text("{}")
+    (running.checkpoints / "step-00000008").rename(running.checkpoints / "step-00000008-2")
+    assert look(running).last_checkpoint == 8
+
+
 def test_the_same_as_json(running: RunDir, capsys: pytest.CaptureFixture[str]) -> None:
     assert execute(["status", "runs/a", "--json"]) == 0
     told = json.loads(capsys.readouterr().out)
@@ -171,6 +181,7 @@ def test_a_status_that_is_no_status_is_survived() -> None:
     [
         (["status", "nope"], "there is no run nope"),
         (["status", "empty"], "there is no run below empty"),
+        (["status", "empty/runs"], "there is no run empty/runs"),
         (["logs", "nope"], "there is no run nope"),
         (["logs", "empty"], "empty is not a run directory"),
         (["logs", "file"], "file is not a run directory"),
@@ -187,6 +198,12 @@ def test_what_is_not_there_is_said(arguments: list[str], sentence: str, capsys: 
         run.attempts()[0].log(rank).write_text("")
     assert execute(arguments) == 66
     assert capsys.readouterr().err.startswith(f"error: {sentence}")
+
+
+def test_where_nobody_has_run_anything_the_first_command_is_told(capsys: pytest.CaptureFixture[str]) -> None:
+    assert execute(["status"]) == 66
+    told = "error: there is no directory runs\n  `harness run CONFIG` starts a run; or give a directory with runs\n"
+    assert capsys.readouterr().err == told
 
 
 def test_a_run_is_found_by_its_name(capfdbinary: pytest.CaptureFixture[bytes]) -> None:

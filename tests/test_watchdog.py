@@ -43,7 +43,7 @@ watchdog.LATE = 1.0
 
 def watch(**limits):
     watchdog.Watchdog(clock, attempt, me, Settings(**limits), log).start()
-    clock.begin(811)
+    clock.begin(810)
 """
 
 

@@ -128,7 +128,7 @@ def test_more_ranks_than_gpus_is_a_sentence(count: int, others: list[str], monke
 
 def test_an_error_file_says_who_when_and_where(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     attempt, clock = RunDir(tmp_path).new_attempt(), Clock()
-    clock.step, clock.section = 811, "data"
+    clock.done, clock.section = 810, "data"
     place = identify({"OMPI_COMM_WORLD_RANK": "5", "OMPI_COMM_WORLD_SIZE": "8"})
     try:
         raise ValueError("label 17")

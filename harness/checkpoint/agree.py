@@ -16,7 +16,7 @@ from typing import Any, TypeVar
 
 from harness.checkpoint.comm import Comm, Json
 from harness.checkpoint.space import explain
-from harness.errors import HarnessError, StorageError
+from harness.errors import HarnessError, StorageError, some
 
 T = TypeVar("T")
 VISIBLE = 10.0
@@ -62,8 +62,7 @@ def refusal(
     `said`: what each rank said, its `error` being `describe`d; `missing`: ranks that `absent` within `timeout` seconds.
     """
     if missing:
-        named = ", ".join(f"{rank} ({hosts[rank]})" for rank in missing[:8])
-        named += f" and {len(missing) - 8} more" if len(missing) > 8 else ""
+        named = some([f"{rank} ({hosts[rank]})" for rank in missing], 8)
         return {
             "failed": f"rank{'s' if len(missing) > 1 else ''} {named} {absent} within {timeout:g} s",
             "hint": LEFT_OUT,

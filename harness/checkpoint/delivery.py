@@ -23,11 +23,10 @@ from harness.checkpoint.manifest import Manifest
 from harness.checkpoint.store import Damaged
 from harness.checkpoint.tensors import Buffer, Bytes, Part
 from harness.checkpoint.wanted import Mask, Sink, Wanted, gather_wanted, wanted_blocks, wanted_ranges
-from harness.errors import InternalError, UsageError
+from harness.errors import InternalError, UsageError, some
 
 PARCEL = 512 << 10
 """Bytes that are sent for themselves, as copying them once more would take longer than a message."""
-_NAMED = 20
 _TAG = 4118
 
 
@@ -73,8 +72,7 @@ def load(
     damaged = list(dict.fromkeys(name for verdict in verdicts for name in verdict["damaged"]))
     unreadable = next((verdict["unreadable"] for verdict in verdicts if verdict["unreadable"]), None)
     if damaged:
-        shown = ", ".join(damaged[:_NAMED]) + (f" and {len(damaged) - _NAMED} more" if len(damaged) > _NAMED else "")
-        raise Damaged(f"{path / DATA}: damaged: {shown}", proven=True)
+        raise Damaged(f"{path / DATA}: damaged: {some(damaged, 20)}", proven=True)
     if unreadable:
         raise Damaged(unreadable)
 

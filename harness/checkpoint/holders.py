@@ -27,7 +27,7 @@ from harness.checkpoint.layout import Layout, Offsets
 from harness.checkpoint.shards import Box, boxes
 from harness.checkpoint.tensors import Part
 from harness.checkpoint.tiling import first_fault
-from harness.errors import DataError, InternalError
+from harness.errors import DataError, InternalError, some
 
 
 @dataclass(frozen=True, eq=False)
@@ -283,9 +283,8 @@ class Found:
                 hint="parts of a sharded tensor must be the same or not overlap",
             )
         holding = sorted({rank for cell in of_leaf[:1000].tolist() for rank in ranks(cell)[:1]})
-        told = ", ".join(map(str, holding[:10])) + (", ..." if len(holding) > 10 else "")
         raise DataError(
-            f"no rank holds {where}; rank {told} {'hold' if len(holding) > 1 else 'holds'} other parts of it",
+            f"no rank holds {where}; rank {some(holding)} {'hold' if len(holding) > 1 else 'holds'} other parts of it",
             hint="the parts of a sharded tensor must cover it",
         )
 

@@ -31,6 +31,7 @@ from pathlib import Path
 from harness.checkpoint import leasefile
 from harness.checkpoint.commit import make_directories
 from harness.checkpoint.leasefile import Holder, Seen
+from harness.checkpoint.space import explain
 from harness.errors import StorageError, Unavailable
 
 BEAT = 10.0
@@ -248,7 +249,7 @@ def _told(place: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
+        _, hint = explain(error) or (None, f"{place.parent} must be a directory that this user can write")
         raise StorageError(
-            f"the lease {place} cannot be taken or read: {error.strerror or error}",
-            hint="the directory must be one that this user can write",
+            f"the lease {place} cannot be taken or read: {error.strerror or error}", hint=hint
         ) from error

@@ -75,7 +75,7 @@ class Loader:
         if self._comm.rank != 0:
             return [], None
         try:
-            return store.listing(self._directory), None
+            return store.listing(self._directory, broken=True), None
         except OSError as error:
             return [], {"error": f"{self._directory} cannot be read: {error.strerror}"}
 

@@ -21,9 +21,10 @@ import logging
 import os
 import weakref
 from collections.abc import Callable, Mapping
+from operator import index
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 from harness.checkpoint.agree import SaveFailed, attempt, describe
 from harness.checkpoint.asked import Asked
@@ -39,6 +40,8 @@ from harness.checkpoint.snapshot import no_collection
 from harness.checkpoint.state import State
 from harness.checkpoint.writing import Outcome
 from harness.errors import StorageError, UsageError
+
+T = TypeVar("T")
 
 
 class Manager:
@@ -84,7 +87,7 @@ class Manager:
     ) -> None:
         self.directory = Path(directory)
         self.comm: Comm = detect() if comm is None else comm
-        self._when = When() if save is None else save
+        self._when = _rule(When, When() if save is None else save, "save", "every(steps=500) | on_stop()")
         self._background, self._lazy, self._busy = background, lazy, busy
         self._tell = logging.getLogger("harness.checkpoint").warning if log is None else log
         self._saved = saved
@@ -93,7 +96,7 @@ class Manager:
             self.directory,
             self.comm,
             self.engine,
-            keep=keep_last(3) if keep is None else keep,
+            keep=_rule(Keep, keep_last(3) if keep is None else keep, "keep", "keep_last(3)"),
             timeout=timeout,
             check_replicas=check_replicas,
             strict=strict,
@@ -108,14 +111,14 @@ class Manager:
         self._failure: SaveFailed | None = None
         self._last: tuple[int, State, Mapping[str, float] | None] | None = None
         self._last_saved: int | None = None
-        self._skipping = False
+        self._skipping = self._closed = False
 
     def step(self, step: int, state: State, metrics: Mapping[str, float] | None = None) -> bool:
         """After `step` steps: save if it is time to. True when the job was asked to stop; the state is then saved.
 
         Costs nothing that is not due: the clock and stops are asked for about once a second, in one small exchange.
         """
-        _check(state)
+        step = _checked(step, state)
         self.poll()
         self._last = (step, state, metrics)
         asked = self._asked.after(step)
@@ -134,7 +137,9 @@ class Manager:
         wait: return once it is durable (None: as `background` says).
         Raises, on all ranks alike, SaveFailed where it cannot begin or, when waiting, where it fails; InUse.
         """
-        _check(state)
+        step = _checked(step, state)
+        if self._closed:
+            raise UsageError("this Manager has been closed", hint="close it after the last save")
         wait = not self._background if wait is None else wait
         self._end(wait=wait or self._busy == "wait")
         if self._lazy:
@@ -195,7 +200,7 @@ class Manager:
         Raises DataError, on all ranks alike, where the checkpoint does not fit the state (which is then unchanged) or
         where none of several is good; InputMissing where the one that is named does not exist.
         """
-        _check(state)
+        _checked(0, state)
         self._end(wait=True)
         loader = Loader(self.directory, self.comm, self._saver.good, self._log, self._read)
         with no_collection():
@@ -276,6 +281,7 @@ class Manager:
                 self._hooked.add(value)
 
     def _give_back(self) -> None:
+        self._closed = True
         self._saver.close()
         self._flush()
         self._asked.close()
@@ -289,10 +295,21 @@ class Manager:
             self._tell(line)
 
 
-def _check(state: State) -> None:
-    """Raises UsageError, on all ranks alike: it is the script that is wrong."""
+def _checked(step: int, state: State) -> int:
+    """The step. Raises UsageError, on all ranks alike: it is the script that is wrong."""
     if not isinstance(state, State):
         raise UsageError(
             f"a checkpoint is made of a State, not of {type(state).__name__}",
             hint="for example State(model=model, optimizer=optimizer)",
         )
+    try:
+        return index(step)
+    except TypeError:
+        raise UsageError(f"the step {step!r} is no whole number") from None
+
+
+def _rule(kind: type[T], given: object, name: str, example: str) -> T:
+    """Raises UsageError, as `_checked`."""
+    if not isinstance(given, kind):
+        raise UsageError(f"Manager({name}={given!r}): that is no rule", hint=f"for example {name}={example}")
+    return given

@@ -57,7 +57,7 @@ class Checkpoint:
         start, stop = 0, leaf.nbytes
         shape = leaf.shape
         if rows is not None:
-            if not shape or rows.step not in (None, 1):
+            if not isinstance(rows, slice) or not shape or rows.step not in (None, 1):
                 raise UsageError(f"{leaf} has no such rows: {rows}")
             first, last, _ = rows.indices(shape[0])
             shape = (max(0, last - first), *shape[1:])
@@ -134,8 +134,10 @@ class Checkpoint:
             raise Damaged(f"{self.path / DATA} cannot be read: {error}") from error
 
 
-def open_checkpoint(path: str | os.PathLike[str]) -> Checkpoint:
+def open_checkpoint(path: str | os.PathLike[str] | None) -> Checkpoint:
     """Open one checkpoint (a `step-...` directory) for reading. Raises InputMissing, Damaged, NewerVersion."""
+    if path is None:  # of `latest`
+        raise InputMissing("there is no checkpoint to open")
     return Checkpoint(Path(path))
 
 

@@ -18,6 +18,7 @@ from harness.checkpoint.comm import Comm, Json
 from harness.checkpoint.digest import Table
 from harness.checkpoint.layout import Layout
 from harness.checkpoint.tensors import Buffer
+from harness.errors import some
 
 _PIECE = 16 << 20
 
@@ -51,10 +52,8 @@ def compare(layout: Layout, buffers: Sequence[Buffer], comm: Comm, step: int) ->
 
 def found(layout: Layout, unequal: Unequal, first: str) -> str:
     """What was found, with the first names and ranks. `first`: whom they should be equal to."""
-    names = ", ".join(layout.leaves[index].name for index in unequal.leaves[:10])
-    more = f" and {len(unequal.leaves) - 10} more" if len(unequal.leaves) > 10 else ""
-    ranks = ", ".join(map(str, unequal.ranks[:10])) + (", ..." if len(unequal.ranks) > 10 else "")
-    return f"ranks that should be equal are not: rank {ranks} differs from {first} in {names}{more}"
+    names = some([layout.leaves[index].name for index in unequal.leaves])
+    return f"ranks that should be equal are not: rank {some(unequal.ranks)} differs from {first} in {names}"
 
 
 def digest_of(buffer: Buffer) -> int:

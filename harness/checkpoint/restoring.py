@@ -21,9 +21,7 @@ from harness.checkpoint.partial import EXACT, Partial
 from harness.checkpoint.schema import ITEMSIZE, Leaf
 from harness.checkpoint.shards import Region, Shape, check_local
 from harness.checkpoint.tensors import Buffer, Part, dtype_of, is_tensor, new_tensor
-from harness.errors import DataError
-
-_NAMED = 4
+from harness.errors import DataError, some
 
 
 @dataclass
@@ -61,8 +59,7 @@ class Report:
             ("left out of the checkpoint", self.unexpected),
         ):
             if names:
-                more = f" and {len(names) - _NAMED} more" if len(names) > _NAMED else ""
-                parts.append(f"{label}: {', '.join(names[:_NAMED])}{more}")
+                parts.append(f"{label}: {some(names, 4)}")
         return "; ".join([*parts, *self.notes])
 
 

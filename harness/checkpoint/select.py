@@ -24,7 +24,7 @@ from harness.checkpoint.names import DAMAGED, parse_name
 from harness.checkpoint.store import Stored, check, committed, latest, listing
 from harness.checkpoint.survey import survey
 from harness.checkpoint.tags import tagged
-from harness.errors import DataError, InputMissing, UsageError
+from harness.errors import DataError, InputMissing, UsageError, some
 
 LATEST = "latest"
 _STEP = re.compile(r"([0-9]{1,18})(?:-([0-9]{1,9}))?")
@@ -146,7 +146,7 @@ def _best(directory: Path, metric: str, mode: str) -> Path:
         except DataError:
             continue
         return stored.path
-    there = f"there are {_some(sorted(known))}" if known else "they have no metrics"
+    there = f"there are {some(sorted(known), 8)}" if known else "they have no metrics"
     if not listing(directory):
         raise InputMissing(_nothing(directory), hint=_why_not(directory))
     raise InputMissing(f"no good checkpoint in {directory} has a number for the metric {metric!r}; {there}")
@@ -170,8 +170,4 @@ def _why_not(directory: Path) -> str | None:
 
 def _there(stored: Sequence[Stored]) -> str:
     steps = sorted({one.step for one in stored}, reverse=True)
-    return f"there are steps {_some(list(map(str, steps)))}" if steps else "there is none at all"
-
-
-def _some(names: Sequence[str]) -> str:
-    return ", ".join(names[:8]) + (f" and {len(names) - 8} more" if len(names) > 8 else "")
+    return f"there are steps {some(steps, 8)}" if steps else "there is none at all"

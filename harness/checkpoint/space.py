@@ -15,8 +15,8 @@ from pathlib import Path
 from harness.errors import StorageError
 
 SPARE = 16 << 20
-"""Bytes left for others: a disk filled to its last byte stops more than this program."""
-_HINT = "free some space, keep fewer checkpoints, or choose another directory"
+"""Bytes left for others, at the most: a disk filled to its last byte stops more than this program."""
+_HINT = "free some space, for example of old checkpoints (`harness ckpt prune`), or choose another directory"
 
 
 def preflight(directory: Path, needed: int, files: int = 3) -> None:
@@ -26,11 +26,12 @@ def preflight(directory: Path, needed: int, files: int = 3) -> None:
     """
     status = os.statvfs(_existing(directory))
     free = status.f_bavail * status.f_frsize
-    if free < needed + SPARE:
+    spare = min(SPARE, needed // 8)
+    if free < needed + spare:
         from harness.units import show_size  # which imports more than a reader of checkpoints needs
 
         raise StorageError(
-            f"{show_size(needed)} are needed in {directory}, and {show_size(SPARE)} to spare;"
+            f"{show_size(needed)} are needed in {directory}, and {show_size(spare)} to spare;"
             f" {show_size(free)} are free",
             hint=_HINT,
         ) from OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(directory))

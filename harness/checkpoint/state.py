@@ -126,7 +126,7 @@ def prepare(
         if entry in state.optional:
             restore.report.unexpected.append(entry)
         else:
-            restore.unexpected(entry, f" (a {kind})")
+            restore.unexpected(entry, f" ({_a(kind)})")
     # Modules first: how a parameter is converted decides about its optimizer's state.
     for entry in sorted(state.entries, key=lambda entry: state.kinds[entry] != "module"):
         _prepare_entry(entry, state, manifest, source, names, restore)
@@ -147,13 +147,13 @@ def _prepare_entry(
         if entry in state.optional:
             restore.report.missing.append(entry)
         else:
-            restore.missing(entry, f" (a {kind})")
+            restore.missing(entry, f" ({_a(kind)})")
         return
     there, record = source.entries.get(entry, (entry, {}))
     stored = _record_kind(manifest, there) if record else kind
     renamed = parts and there != entry and stored in ("module", "tensors")
     if kind != stored and not renamed and not made:
-        restore.mismatched(entry, f"{entry} is a {kind} here and a {stored} in the checkpoint")
+        restore.mismatched(entry, f"{entry} is {_a(kind)} here and {_a(stored)} in the checkpoint")
     elif kind == "module":
         prepare_module(value, entry, source, restore)
     elif kind == "optimizer":
@@ -218,6 +218,10 @@ def _kind(name: str, value: Any) -> str:
         f"State({name}=...) is a {type(value).__name__}, which a checkpoint cannot hold",
         hint="it takes modules, optimizers, objects with state_dict() and load_state_dict(), and dicts",
     )
+
+
+def _a(kind: str) -> str:
+    return f"an {kind}" if kind == "optimizer" else f"a {kind}"
 
 
 def _record_kind(manifest: Manifest, entry: str) -> str:

@@ -53,21 +53,28 @@ class Stored:
     path: Path
 
 
-def listing(directory: Path, *, aside: bool = False) -> list[Stored]:
+def listing(directory: Path, *, aside: bool = False, broken: bool = False) -> list[Stored]:
     """Committed checkpoints that nobody found damaged, oldest first. Looks at names only. Raises OSError.
 
-    Those that were set aside are left out; with `aside` they are in it too.
+    Those that were set aside are left out; with `aside` they are in it too. `broken`: so are those whose manifest is
+    gone.
     """
     left_out = (DAMAGED,) if aside else (DAMAGED, ASIDE)
-    return [stored for stored in committed(directory) if not any((stored.path / mark).exists() for mark in left_out)]
+    found = committed(directory, broken=broken)
+    return [stored for stored in found if not any((stored.path / mark).exists() for mark in left_out)]
 
 
-def committed(directory: Path) -> list[Stored]:
-    """All that were ever completed, oldest first, also those damaged or set aside. Raises OSError."""
+def committed(directory: Path, *, broken: bool = False) -> list[Stored]:
+    """All that were ever completed, oldest first, also those damaged or set aside. Raises OSError.
+
+    `broken`: also where the data are alone; each had a manifest before it got its name.
+    """
     found = []
     for path in directory.iterdir() if directory.is_dir() else ():
         name = parse_name(path.name)
-        if name is not None and not path.is_symlink() and (path / MANIFEST).is_file():
+        if name is None or path.is_symlink():
+            continue
+        if (path / MANIFEST).is_file() or (broken and (path / DATA).is_file()):
             found.append(Stored(*name, path))
     return sorted(found)
 
@@ -106,6 +113,8 @@ def read_text(path: Path) -> str:
     try:
         descriptor = os.open(place, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
     except FileNotFoundError:
+        if parse_name(path.name) and (path / DATA).is_file():
+            raise Damaged(f"{path} is damaged: its {MANIFEST} is gone") from None
         raise InputMissing(f"{path} is no checkpoint: there is no {MANIFEST} in it") from None
     except OSError as error:
         raise Damaged(f"{place} cannot be read: {error.strerror}") from error

@@ -16,7 +16,7 @@ from pathlib import Path
 from harness.checkpoint.commit import MANIFEST, TEMPORARY, make_directories, sync_directory
 from harness.checkpoint.file import write_all
 from harness.checkpoint.names import parse_name
-from harness.errors import InputMissing, UsageError
+from harness.errors import InputMissing, UsageError, some
 
 TAGS = "tags"
 _TAG = re.compile(r"[A-Za-z0-9._-]{1,100}")
@@ -53,7 +53,7 @@ def tagged(directory: Path, tag: str) -> str:
     """The name of the checkpoint behind a tag. Raises InputMissing where there is no tag, or no target any more."""
     known = read_tags(directory)
     if tag not in known:
-        there = f"there are {_some(list(known))}" if known else "there are no tags"
+        there = f"there are {some(list(known))}" if known else "there are no tags"
         raise InputMissing(f"there is no tag {tag!r} in {directory}; {there}")
     if not (directory / known[tag] / MANIFEST).is_file():
         raise InputMissing(f"the checkpoint behind the tag {tag!r} is gone: {directory / known[tag]}")
@@ -95,7 +95,7 @@ def remove_tag(directory: Path, tag: str) -> str:
     """Take a name away, durably; the checkpoint stays. Returns what it named. Raises InputMissing, OSError."""
     known = read_tags(directory)
     if tag not in known:
-        there = f"there are {_some(list(known))}" if known else "there are no tags"
+        there = f"there are {some(list(known))}" if known else "there are no tags"
         raise InputMissing(f"there is no tag {tag!r} in {directory}; {there}")
     os.unlink(directory / TAGS / tag)
     sync_directory(directory / TAGS)
@@ -125,7 +125,3 @@ def _read(path: Path) -> str | None:
         os.close(descriptor)
     target = text.decode("ascii", "replace").removesuffix("\n")
     return target if parse_name(target) else None
-
-
-def _some(names: list[str]) -> str:
-    return ", ".join(names[:10]) + (f" and {len(names) - 10} more" if len(names) > 10 else "")

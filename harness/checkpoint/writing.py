@@ -34,7 +34,7 @@ from harness.checkpoint.lease import Lease
 from harness.checkpoint.manifest import Manifest, prepare, render
 from harness.checkpoint.policy import Keep
 from harness.checkpoint.snapshot import Snapshot
-from harness.errors import HarnessError, StorageError
+from harness.errors import StorageError
 
 
 @dataclass(frozen=True, eq=False)
@@ -237,8 +237,9 @@ class Writer:
                     " (`harness ckpt rollback` takes one back)"
                 )
             store.prune(self.directory, self.keep, self.good, self.log)
-        except (OSError, HarnessError) as error:
-            self.log(f"old checkpoints could not be removed: {error}")
+        except Exception as error:  # also of a rule that the program brought along: the checkpoint is there
+            told: Any = describe(error)
+            self.log(f"old checkpoints could not be removed: {told['message']}")
 
 
 def _pack(digests: Mapping[int, int]) -> str:

@@ -10,6 +10,7 @@ from collections.abc import Mapping, Sequence
 from typing import Protocol
 
 from harness.config import Config
+from harness.errors import StorageError
 from harness.rundir import RunDir
 
 Value = float | int | str | None
@@ -29,11 +30,18 @@ class Sinks:
 
     def __init__(self, sinks: Sequence[Sink]) -> None:
         self.sinks = sinks
+        self._failing: set[Sink] = set()
 
     def record(self, kind: str, step: int, **values: Value) -> None:
-        """Hand one record to every sink."""
+        """Hand one record to every sink. Training goes on where a full disk does not take it, and that is told once."""
         for sink in self.sinks:
-            sink.record({"kind": kind, "step": step, **values})
+            try:
+                sink.record({"kind": kind, "step": step, **values})
+                self._failing.discard(sink)
+            except StorageError as error:
+                if sink not in self._failing:
+                    self._failing.add(sink)
+                    self.say(f"warning: {error.message}; training goes on without it")
 
     def say(self, text: str) -> None:
         """A line for people."""

@@ -25,7 +25,7 @@ from harness.checkpoint import (
     latest,
     open_checkpoint,
 )
-from harness.errors import Exit, UsageError
+from harness.errors import DataError, Exit, InputMissing, UsageError
 
 
 def state(value: float) -> State:
@@ -57,6 +57,41 @@ def test_what_is_no_state_is_refused_in_a_sentence(tmp_path: Path) -> None:
             call()
     saver.close()
     assert names(tmp_path) == []
+
+
+def test_what_a_script_gets_wrong_is_told_on_all_ranks_before_anything_is_saved(tmp_path: Path) -> None:
+    wrong: Any
+    for name, wrong in (("keep", 3), ("keep", lambda found: found), ("save", 500), ("save", keep_last(3))):
+        with pytest.raises(UsageError, match=f"Manager\\({name}=.*\\): that is no rule\n  for example {name}="):
+            Manager(tmp_path, Single(), **{name: wrong})
+    saver = manager(tmp_path)
+    for wrong in ("1", 1.5, None):
+        for call in (saver.save, saver.step):
+            with pytest.raises(UsageError, match="is no whole number"):
+                call(wrong, state(1))
+    assert saver.save(np.int64(1), state(1), wait=True) == tmp_path / "step-00000001"
+    saver.close()
+    with pytest.raises(UsageError, match="this Manager has been closed"):
+        saver.save(2, state(2))
+    with pytest.raises(InputMissing, match="there is no checkpoint to open"):
+        open_checkpoint(latest(tmp_path / "elsewhere"))
+    with open_checkpoint(tmp_path / "step-00000001") as checkpoint:
+        row: Any = 5
+        with pytest.raises(UsageError, match="has no such rows: 5"):
+            checkpoint.read(next(iter(checkpoint.manifest.layout.leaves)).name, rows=row)
+
+
+def test_a_rule_that_fails_is_told_and_the_checkpoint_stays(tmp_path: Path) -> None:
+    def broken(found: Any) -> set[int]:
+        raise ZeroDivisionError("a rule of somebody's own")
+
+    saver = manager(tmp_path, keep=Keep((broken,)))
+    for step in (1, 2):
+        saver.save(step, state(step), wait=True)
+    saver.close()
+    assert names(tmp_path)[-2:] == ["step-00000001", "step-00000002"]
+    told = "old checkpoints could not be removed: ZeroDivisionError: a rule of somebody's own"
+    assert told in saver.lines  # type: ignore[attr-defined]
 
 
 def test_the_same_step_again_is_a_new_checkpoint_and_replaces_the_old_one(tmp_path: Path) -> None:
@@ -154,6 +189,20 @@ def test_damaged_checkpoints_do_not_count_and_are_not_deleted(tmp_path: Path) ->
     again.save(4, state(4))
     assert names(tmp_path) == [f"step-{step:08d}" for step in (2, 3, 4)]
     assert any("step-00000003 does not count" in line for line in again.lines)  # type: ignore[attr-defined]
+
+
+def test_a_checkpoint_whose_manifest_is_gone_is_told_of(tmp_path: Path) -> None:
+    saver = manager(tmp_path, keep=keep_all())
+    for step in (1, 2):
+        saver.save(step, state(step))
+    (tmp_path / "step-00000002" / "manifest.json").unlink()
+    again = manager(tmp_path)
+    assert again.restore(state(0)) == 1
+    told = "warning: the checkpoint step-00000002 is passed over: "
+    assert any(line.startswith(told) and "its manifest.json is gone" in line for line in again.lines)  # type: ignore[attr-defined]
+    (tmp_path / "step-00000001" / "manifest.json").unlink()
+    with pytest.raises(DataError, match=r"none of the 2 checkpoints in .* is good"):
+        manager(tmp_path).restore(state(0))
 
 
 def test_what_an_earlier_program_left_is_removed_and_nothing_else(tmp_path: Path) -> None:

@@ -587,7 +587,7 @@ def test_all_that_does_not_fit_is_said_at_once_and_nothing_changes(tmp_path: Pat
         saver.restore(State(model=other, ema={"a": torch.zeros(1)}))
     message = str(caught.value)
     for words in (
-        "only in the checkpoint: optimizer (a optimizer)",
+        "only in the checkpoint: optimizer (an optimizer)",
         "only in the checkpoint: extra",
         "missing from the checkpoint: ema",
         "missing from the checkpoint: model/hidden.bias",

@@ -411,7 +411,7 @@ def test_room(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     preflight(tmp_path / "not" / "yet", 1000)
     with pytest.raises(StorageError, match=r" TB are needed in .*, and 16.8 MB to spare; [\d.]+ .B are free") as caught:
         preflight(tmp_path, 1 << 60)
-    assert caught.value.code == Exit.IO and "keep fewer" in str(caught.value.hint)
+    assert caught.value.code == Exit.IO and "free some space" in str(caught.value.hint)
     monkeypatch.setattr(os, "statvfs", statvfs(f_favail=1))
     with pytest.raises(StorageError, match=r"2 more files are needed in .*, the file system takes 1 "):
         preflight(tmp_path, 1000, files=2)

@@ -230,16 +230,16 @@ def test_the_end_of_a_run_may_be_moved(world: World) -> None:
 def test_a_bad_sample_on_one_rank(world: World, policy: str) -> None:
     path = directory(world, f"bad-{policy}")
     job = start(world, settings("digits", path, **{"train.nonfinite": policy}))
-    bad = int(job.order.ids(0, 64)[63])  # the last sample of step 3: it falls to the last rank
+    bad = int(job.order.ids(0, 64)[63])  # the last sample of step 4: it falls to the last rank
     job.task.images[bad] = float("nan")
     if policy == "skip":
         finish(job)
         assert all(value.isfinite().all() for value in bits(job))
         return
-    with pytest.raises(InternalError, match=rf"step 3: the loss is not finite .* on rank {world.size - 1}"):
+    with pytest.raises(InternalError, match=rf"step 4: the loss is not finite .* on rank {world.size - 1}"):
         train(job)
     job.sinks.close()
     job.close()
     if world.is_root:
-        report = json.loads((path / "nonfinite-step-3.json").read_text())
+        report = json.loads((path / "nonfinite-step-4.json").read_text())
         assert bad in report["ids_by_rank"][str(world.size - 1)]

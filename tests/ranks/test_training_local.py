@@ -122,13 +122,13 @@ def test_each_rank_trains_on_its_part(world: World) -> None:
 
 def test_a_bad_sample_on_one_rank_stays_there(world: World) -> None:
     job = start(world, settings("digits", directory(world, "local-bad"), **LOCAL, **{"train.nonfinite": "skip"}))
-    bad = int(job.order.ids(0, 64)[63])  # the last sample of step 3: it falls to the last rank
+    bad = int(job.order.ids(0, 64)[63])  # the last sample of step 4: it falls to the last rank
     job.task.images[bad] = float("nan")
     finish(job)
     assert all(value.isfinite().all() for value in bits(job))
     stop = start(world, settings("digits", directory(world, "local-stop"), **LOCAL))
     losses = [torch.tensor(1.0), torch.tensor(float("nan"))]
-    with pytest.raises(InternalError, match=rf"step 3: the loss \(1.0, nan\) .* on rank {world.rank}; samples \d+"):
-        handle_nonfinite(stop, 3, losses, 1)
+    with pytest.raises(InternalError, match=rf"step 4: the loss \(1.0, nan\) .* on rank {world.rank}; samples \d+"):
+        handle_nonfinite(stop, 4, losses, 1)
     stop.sinks.close()
     stop.close()

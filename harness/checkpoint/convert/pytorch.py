@@ -197,6 +197,8 @@ def _pick(path: Path, value: Any, key: str | None) -> dict[str, Any]:
         value = value[part]
     if not isinstance(value, dict) or any(not isinstance(name, str) for name in value):
         raise UsageError(f"{path} holds {f'at {key!r} ' if key else ''}no dict of tensors", hint=_keys(value))
+    if not value:
+        raise UsageError(f"{path} holds {f'at {key!r} ' if key else ''}nothing")
     if not any(_is_tensor(item) for item in value.values()) or any(_holds_tensors(v) for v in value.values()):
         raise UsageError(f"{path} holds several things", hint=_keys(value))
     return value

@@ -10,7 +10,7 @@ from __future__ import annotations
 import os
 import uuid
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from harness.checkpoint.commit import sync_directory
@@ -25,9 +25,9 @@ def target(path: Path, size: int, *, force: bool) -> Iterator[Path]:
     Raises UsageError where `path` is there and `force` is not given, InputMissing where its directory is not there,
     StorageError where it cannot be written.
     """
-    _check(path, force)
     temporary = path.with_name(f"{path.name}.tmp-{uuid.uuid4().hex[:12]}")
     try:
+        _check(path, force)
         preflight(path.parent, size, files=1)
         yield temporary
         descriptor = os.open(temporary, os.O_RDONLY | os.O_CLOEXEC)
@@ -42,7 +42,8 @@ def target(path: Path, size: int, *, force: bool) -> Iterator[Path]:
         what, hint = explain(error) or (error.strerror or str(error), None)
         raise StorageError(f"{path} was not written: {what}", hint=hint) from error
     finally:
-        temporary.unlink(missing_ok=True)
+        with suppress(OSError):  # there may be none, and where nothing can be written, nothing can be removed
+            temporary.unlink()
 
 
 def _check(path: Path, force: bool) -> None:
