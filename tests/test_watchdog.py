@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import signal
@@ -18,7 +19,10 @@ from typing import Any
 import pytest
 from support import ROOT
 
+from harness import watchdog
+from harness.clock import Clock
 from harness.config import Watchdog
+from harness.env import identify
 from harness.heartbeat import Heartbeat, limit, others, parse
 from harness.rundir import Attempt, RunDir
 from launch import processes
@@ -197,6 +201,16 @@ def test_a_rank_that_waits_has_patience_with_one_at_work(rank: Any) -> None:
     (attempt.root / "go").touch()
     assert process.wait(60) == 0
     assert attempt.errors() == []
+
+
+def test_where_nothing_new_can_be_written_the_heartbeat_is_replaced_in_its_place(tmp_path: Path) -> None:
+    attempt = RunDir(tmp_path).new_attempt()
+    file = attempt.heartbeat(0)
+    rank = watchdog.Watchdog(Clock(), attempt, identify({}), Watchdog(), io.StringIO())
+    rank._write(replace(HERE, rank=0, beat=1))
+    (file.parent / f".{file.name}").mkdir()  # as on a full disk
+    rank._write(replace(HERE, rank=0, step=9, beat=2))
+    assert attempt.heartbeats()[0].beat == 2
 
 
 def test_limits_belong_to_sections() -> None:
