@@ -253,7 +253,8 @@ def prune(
 ) -> None:
     """Delete what no rule keeps. The newest one and tagged ones always stay."""
     from harness.checkpoint.rules import keep_rule
-    from harness.errors import UsageError
+    from harness.checkpoint.store import listing
+    from harness.errors import InputMissing, UsageError
     from launch.ckpt_check import prune_run
 
     try:
@@ -262,6 +263,8 @@ def prune(
         raise UsageError(f"--keep: {error}") from error
     directory = _directory(run)
     with _told(directory):
+        if not listing(directory, aside=True):
+            raise InputMissing(f"there are no checkpoints in {directory}")  # before there is a lease in it
         if dry_run:
             prune_run(directory, rule, dry_run=True, aside=aside, as_json=as_json)
         else:

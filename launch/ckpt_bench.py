@@ -36,7 +36,7 @@ def bench(
     engine: Annotated[
         str, typer.Option("--engine", metavar=",".join(ENGINES), help="Which engines, with commas between.")
     ] = "direct,mpio",
-    tensors: Annotated[int, typer.Option("--tensors", min=1, max=10**6, help="Tensors of the state.")] = 450,
+    tensors: Annotated[int, typer.Option("--tensors", min=1, max=10**6, help="Parameters and moments in all.")] = 450,
     rounds: Annotated[int, typer.Option("--rounds", min=1, max=1000, help="Rounds that count.")] = 5,
     hosts: Annotated[str | None, typer.Option("-H", "--hosts", metavar="A:2,B:2", help="Hosts and slots.")] = None,
     hostfile: Annotated[Path | None, typer.Option("--hostfile", help="A file with lines `host slots=N`.")] = None,

@@ -105,12 +105,9 @@ def prune_run(directory: Path, keep: Keep, *, dry_run: bool, aside: bool, as_jso
     from harness.checkpoint.select import select
     from harness.checkpoint.store import listing, remove, superfluous
     from harness.checkpoint.tags import read_tags
-    from harness.errors import InputMissing
     from harness.units import show_size
 
     stored = listing(directory, aside=True)
-    if not stored:
-        raise InputMissing(f"there are no checkpoints in {directory}")
     for metric in keep.metrics:  # a metric that none has would keep none
         select(directory, f"best:{metric}")
     chosen = superfluous(directory, keep, {}, tell)

@@ -327,6 +327,9 @@ def test_prune(run: Path, ask: Ask) -> None:
     assert ask("prune", "run", "--keep", "last 1")[1] == "0 removed, 0 B; 3 stay\n", "set aside is not up for pruning"
     assert lines(ask("prune", "run", "--keep", "last 1", "--aside")[1])[-1].endswith("; 2 stay")
     assert [one["step"] for one in asked_json(ask, "ls", "run")["checkpoints"]] == [100, 300]
+    Path("empty").mkdir()
+    assert ask("prune", "empty", "--keep", "last 1")[0] == 66
+    assert not any(Path("empty").iterdir()), "nor a lease"
     code, out, err = ask("prune", "run", "--keep", "lst 3")
     assert (code, out) == (64, "") and err.startswith("error: --keep: there is no rule 'lst'; did you mean `last`?")
     code, out, err = ask("prune", "run", "--keep", "best acuracy 1 max")
