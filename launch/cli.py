@@ -223,6 +223,7 @@ def show(
     discover: Discover = None,
 ) -> None:
     """Print what `run` would do: the config with the origin of every value, batch, command, batch script."""
+    from harness.errors import ConfigError
     from harness.named import check_classes
     from harness.resolve import resolve
     from harness.rundir import RunDir, find_frozen
@@ -234,10 +235,13 @@ def show(
     resolved = resolve(config, values, sites=site or [])
     _for_elastic(resolved.config.launch.elastic, max_ranks, discover)
     check_classes(resolved, in_job=True)  # it may be meant for a job
-    find_frozen(RunDir(Path(resolved.config.directory)), resolved.config)
     # inside a job the job's own hosts count, so -H and --hostfile are for here only
     again = [str(config), *(overrides or []), *_flags(ranks, None, None, launcher), *going, *sites]
     show_all(resolved, [str(config), *values, *sites], again)
+    try:
+        find_frozen(RunDir(Path(resolved.config.directory)), resolved.config)
+    except ConfigError as error:
+        _tell(f"note: `harness run` would refuse: {error}")
 
 
 @app.command()

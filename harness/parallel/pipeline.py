@@ -55,11 +55,11 @@ class Pipeline:
 
     def __call__(self, job: Job, batches: Iterator[Batch]) -> list[Tensor]:
         """All micro batches of a step; their losses, on all stages. Collective in the replica."""
-        assert job.clock.step is not None
+        assert job.clock.done is not None
         losses: list[Tensor] = []
         for way, number in schedule(self.stages.index, self.stages.size, job.plan.passes):
             # also backward, where layers may be computed a second time
-            job.spread.draws.key = job.config.seed, job.clock.step, job.world.replica, number
+            job.spread.draws.key = job.config.seed, job.clock.done, job.world.replica, number
             if way == "backward":
                 with job.clock("forward/backward"):
                     self._backward(job, number)

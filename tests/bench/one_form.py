@@ -63,12 +63,12 @@ class Marks(Clock):
         self.counting.value = 0  # before the first parameters go to all ranks
         self.job: Any = None
 
-    def begin(self, step: int) -> None:
-        super().begin(step)
+    def begin(self, done: int) -> None:
+        super().begin(done)
         self.found.began.append(time.perf_counter())
         self.found.told.append(self.job.sent)
-        self.counting.value = self.warm <= step < self.steps
-        if step == self.steps:
+        self.counting.value = self.warm <= done < self.steps
+        if done == self.steps:
             raise Enough
 
 
@@ -110,7 +110,7 @@ def watch(job: Any, marks: Marks, late: Iterator[float]) -> None:
         return losses
 
     def measured() -> Any:
-        if job.clock.step == marks.steps - 1:
+        if job.clock.step == marks.steps:
             marks.found.held = held()
         return step()
 

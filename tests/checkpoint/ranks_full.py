@@ -72,7 +72,7 @@ def main(small: Path, world: str) -> None:
         assert manager.restore(State(arrays=found)) == step and (found["a"] == step).all()
 
     saves(1)
-    fill(8 * MIB)
+    fill(2 * MIB)
     assert "are needed in" in fails(2) and "free" in fails(3)
     free()
     saves(4)
