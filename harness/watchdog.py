@@ -129,13 +129,14 @@ class Watchdog:
 
     def _write(self, here: Heartbeat) -> None:
         """Replaced as a whole, never synced: a heartbeat that is lost with its machine is told by its absence."""
-        temporary, text = self._file.with_name(f".{self._file.name}"), json.dumps(asdict(here) | {"time": time.time()})
+        temporary = self._file.with_name(f".{self._file.name}")
+        text = json.dumps(asdict(here) | {"time": time.time()}) + "\n"
         try:
-            temporary.write_text(text + "\n", encoding="utf-8")
+            temporary.write_text(text, encoding="utf-8")
             os.replace(temporary, self._file)
         except OSError:  # on a full disk in its place, where it takes no more room: a rank that is silent is ended
             with contextlib.suppress(OSError), open(self._file, "r+", encoding="utf-8") as file:
-                file.write(text + "\n")
+                file.write(text)
                 file.truncate()
 
     def _overdue(self, here: Heartbeat, since: float, allowed: float) -> None:

@@ -120,13 +120,13 @@ def show_tensors(
 
 def show_forecast(found: Forecast, *, as_json: bool) -> None:
     """`harness ckpt plan`."""
+    from harness.errors import some
     from harness.units import show_seconds, show_size
 
     if as_json:
         print_json(asdict(found))
         return
-    ranges = [f"[{lo}, {hi})" for lo, hi in found.ranges[:8]]
-    more = f" and {len(found.ranges) - 8} more" if len(found.ranges) > 8 else ""
+    ranges = some([f"[{lo}, {hi})" for lo, hi in found.ranges], 8)
     cold, warm = found.seconds_cold, found.seconds_warm
     several = "" if len(found.ranges) == 1 else "s"
     spread = f"{show_size(found.least)} to {show_size(found.most)} a rank, of {found.looked_at} looked at"
@@ -135,7 +135,7 @@ def show_forecast(found: Forecast, *, as_json: bool) -> None:
         ("ranks", f"{found.ranks}, each {show_size(found.mean)} on average"),
         ("balance", spread),
         (f"rank {found.rank}", f"{show_size(found.bytes)} in {len(found.ranges)} range{several} of the file"),
-        ("its ranges", f"{', '.join(ranges)}{more}" if ranges else "none: there are more ranks than blocks"),
+        ("its ranges", ranges or "none: there are more ranks than blocks"),
         ("planning", f"{show_seconds(cold)} for the first save, {show_seconds(warm)} for the next ones"),
         ("memory", f"{show_size(found.memory)} at most, for planning"),
         *_cost(found),

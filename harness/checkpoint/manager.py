@@ -118,7 +118,8 @@ class Manager:
 
         Costs nothing that is not due: the clock and stops are asked for about once a second, in one small exchange.
         """
-        step = _checked(step, state)
+        _check(state)
+        step = _whole(step)
         self.poll()
         self._last = (step, state, metrics)
         asked = self._asked.after(step)
@@ -137,7 +138,8 @@ class Manager:
         wait: return once it is durable (None: as `background` says).
         Raises, on all ranks alike, SaveFailed where it cannot begin or, when waiting, where it fails; InUse.
         """
-        step = _checked(step, state)
+        _check(state)
+        step = _whole(step)
         if self._closed:
             raise UsageError("this Manager has been closed", hint="close it after the last save")
         wait = not self._background if wait is None else wait
@@ -200,7 +202,7 @@ class Manager:
         Raises DataError, on all ranks alike, where the checkpoint does not fit the state (which is then unchanged) or
         where none of several is good; InputMissing where the one that is named does not exist.
         """
-        _checked(0, state)
+        _check(state)
         self._end(wait=True)
         loader = Loader(self.directory, self.comm, self._saver.good, self._log, self._read)
         with no_collection():
@@ -295,13 +297,17 @@ class Manager:
             self._tell(line)
 
 
-def _checked(step: int, state: State) -> int:
-    """The step. Raises UsageError, on all ranks alike: it is the script that is wrong."""
+def _check(state: State) -> None:
+    """Raises UsageError, on all ranks alike: it is the script that is wrong."""
     if not isinstance(state, State):
         raise UsageError(
             f"a checkpoint is made of a State, not of {type(state).__name__}",
             hint="for example State(model=model, optimizer=optimizer)",
         )
+
+
+def _whole(step: int) -> int:
+    """Raises UsageError, as `_check`."""
     try:
         return index(step)
     except TypeError:
@@ -309,7 +315,7 @@ def _checked(step: int, state: State) -> int:
 
 
 def _rule(kind: type[T], given: object, name: str, example: str) -> T:
-    """Raises UsageError, as `_checked`."""
+    """Raises UsageError, as `_check`."""
     if not isinstance(given, kind):
         raise UsageError(f"Manager({name}={given!r}): that is no rule", hint=f"for example {name}={example}")
     return given

@@ -415,7 +415,7 @@ def test_hostile_torch_files(tmp_path: Path) -> None:
         torch.save({"a": torch.quantize_per_tensor(torch.ones(2), 1.0, 0, torch.qint8)}, path)
     refused(path, place, "which cannot be imported|holds more than tensors")
     torch.save({"a": torch.ones(2)}, path, _use_new_zipfile_serialization=False)
-    refused(path, place, "is no ZIP file")
+    assert "save it again" in str(refused(path, place, "is no ZIP file").hint)
     path.write_bytes(pickle.dumps({"a": Boom()}))
     refused(path, place, "is no ZIP file")
     torch.save({"a": torch.ones(2000)}, path)

@@ -5,14 +5,12 @@ An entry that is not compressed is one range of the file's bytes. Compressed one
 
 from __future__ import annotations
 
-import contextlib
 import threading
 import zipfile
 import zlib
 from collections.abc import Iterable
 from contextlib import ExitStack
 from functools import partial
-from pathlib import Path
 from typing import IO
 
 import numpy as np
@@ -46,13 +44,6 @@ def add(archive: zipfile.ZipFile, name: str, size: int, parts: Iterable[memoryvi
             file.write(part)
 
 
-def _is_pickle(path: Path) -> bool:
-    """Whether it begins as one; nothing of it is read."""
-    with contextlib.suppress(OSError), open(path, "rb") as file:
-        return file.read(1) == b"\x80"
-    return False
-
-
 class Archive:
     """The entries of a ZIP file by name. Raises DataError where it is none, or one that would not end."""
 
@@ -64,10 +55,7 @@ class Archive:
             self._zip = files.enter_context(zipfile.ZipFile(file.path))
             listed = self._zip.infolist()
         except (zipfile.BadZipFile, OSError, ValueError, NotImplementedError) as error:
-            hint = "torch.save wrote this form before version 1.6: load it with torch.load, and save it again"
-            raise DataError(
-                f"{file.path} is no ZIP file: {error}", hint=hint if _is_pickle(file.path) else None
-            ) from error
+            raise DataError(f"{file.path} is no ZIP file: {error}") from error
         if len(listed) > _MAX_ENTRIES:
             raise DataError(f"{file.path} has {len(listed)} entries, more than {_MAX_ENTRIES}")
         self.entries = {entry.filename: entry for entry in listed}

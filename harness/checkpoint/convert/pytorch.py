@@ -65,7 +65,7 @@ def read(path: Path, wanted: Wanted, key: str | None = None) -> Source:
     source = Source([])
     try:
         file = Input(path, source.files)
-        starts = _check(file, archive.Archive(file, source.files))
+        starts = _check(file, _archive(file, source))
         found = _pick(path, _load(path), key)
         left_out = [str(name) for name, value in found.items() if not _is_tensor(value)]
         if left_out:
@@ -134,6 +134,15 @@ def _integers(numbers: Sequence[int]) -> bytes:
 
 
 # Reading
+
+
+def _archive(file: Input, source: Source) -> archive.Archive:
+    try:
+        return archive.Archive(file, source.files)
+    except DataError as error:
+        if file.size and file.bytes(0, 1) == b"\x80":  # a pickle, of which nothing else is read
+            error.hint = "torch.save wrote this form before version 1.6: load it with torch.load, and save it again"
+        raise
 
 
 def _check(file: Input, entries: archive.Archive) -> dict[int, int]:
